@@ -1,0 +1,42 @@
+# Two commands matter: `make run` serves, `make test` builds and passes the tests.
+
+VENV   := .venv
+PYTHON := $(VENV)/bin/python
+SOURCE := $(wildcard fastsmtp/*.pyx fastsmtp/*.pxd) setup.py pyproject.toml
+
+.PHONY: run test bench fuzz clean
+
+# Builds in place, so that the source tree is what runs.
+$(VENV)/built: $(SOURCE)
+	test -x $(PYTHON) || python3 -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/tested: $(VENV)/built
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	touch $@
+
+$(VENV)/benched: $(VENV)/tested
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	touch $@
+
+run: $(VENV)/built
+	$(PYTHON) -m fastsmtp serve
+
+# Programs that some tests run are installed where that is allowed (Debian, root); elsewhere those tests are skipped.
+test: $(VENV)/tested
+	tests/install-programs
+	$(PYTHON) -m pytest $(ARGS)
+
+bench: $(VENV)/benched
+	$(PYTHON) -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-only \
+		--benchmark-sort=name --benchmark-columns=median,iqr,ops,rounds $(ARGS)
+
+fuzz: $(VENV)/tested
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check atheris
+	$(PYTHON) fuzz/fuzz_parser.py -max_total_time=$(or $(SECONDS),60)
+	$(PYTHON) fuzz/fuzz_session.py -max_total_time=$(or $(SECONDS),60)
+
+clean:
+	rm -rf $(VENV) build *.egg-info fastsmtp/*.so fastsmtp/_parser.c fastsmtp/_files.c fastsmtp/_shared.c

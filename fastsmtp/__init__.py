@@ -1,0 +1,1 @@
+"""fastsmtp: an SMTP server that says 250 only when the message is on stable storage."""

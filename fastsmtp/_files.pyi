@@ -1,0 +1,35 @@
+"""Files out: a batch of them written, flushed and named, with the GIL released. See _files.pyx."""
+
+import os
+from collections.abc import Sequence
+from typing import TypeAlias
+
+# path, offset, octets
+Range: TypeAlias = tuple[bytes, int, int]
+# temporary name, mailbox, name, content in order, whether every CR is left out
+Item: TypeAlias = tuple[bytes, bytes, bytes, tuple[bytes | Range, ...], bool]
+
+def write_batch(directory: int, items: Sequence[Item], *, each: bool = False) -> list[int]:
+    """Puts each item at `mailbox/new/name,S=<octets written>`; returns an errno for each, 0: it is durable.
+
+    `directory` is a descriptor of the folder in which relative temporary names are made, opened before the
+    first write and kept open from batch to batch while all goes well. Mailboxes are absolute paths on its
+    file system (EXDEV otherwise); a missing one is made (0700). A temporary name that exists is EEXIST; a
+    final name that exists is replaced. ENODATA: a source file is missing or too short. Leaving out CRs is
+    right only for content without bare ones.
+
+    One syncfs before the first rename and one behind the last serve the batch. With `each`, every file has
+    its own fdatasync and an fsync of `new/`, and a folder that was made is fsynced into its parent.
+
+    Raises OSError when a syncfs fails: nothing of the batch counts as delivered, and `directory` must be
+    opened anew, for an error is reported once. ValueError for a NUL in a name; then nothing was written.
+    """
+
+def append_file(fd: int, parts: Sequence[bytes], sync: bool) -> None:
+    """Appends all octets of `parts`, then fdatasync if `sync`. Raises OSError; no flush is ever repeated."""
+
+def fsync_dir(path: str | bytes | os.PathLike[str]) -> None:
+    """Makes the names in a folder durable. Raises OSError."""
+
+def make_dirs(path: str | bytes | os.PathLike[str]) -> None:
+    """Makes a folder (0700) and its missing parents, each fsynced into its parent. Raises OSError."""

@@ -1,0 +1,252 @@
+"""What a server claims of its machine before it serves: user, data directory, addresses, certificates.
+
+All that the machine can refuse is asked for here, and every refusal is a StartError with one line for the operator.
+Done once, by the process that then forks or serves, before any thread. What is claimed is held by descriptors:
+the lock of the data directory, the listening sockets. Nothing is read from the network. flock(2), socket(7)
+SO_REUSEPORT, unix(7), RFC 3493 5.3 (IPV6_V6ONLY).
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import pwd
+import socket
+import ssl
+import stat
+from pathlib import Path
+
+from . import tls
+from .config import Config, Inet, Unix
+
+BACKLOG = 4096  # the kernel's somaxconn
+
+
+class StartError(Exception):
+    """The server cannot start; the text is one line for the operator."""
+
+
+class Listening:
+    """An address that is listened on: a socket for each worker, or one that they share."""
+
+    __slots__ = ("address", "file", "listener", "sockets")
+
+    def __init__(
+        self, listener: int, address: str, sockets: list[socket.socket], file: tuple[Path, int] | None = None
+    ) -> None:
+        self.listener = listener
+        self.address = address
+        self.sockets = sockets
+        self.file = file  # a unix socket's path and inode, to be removed with it
+
+    def socket_of(self, index: int) -> socket.socket:
+        return self.sockets[index % len(self.sockets)]
+
+    def close(self) -> None:
+        if self.file:
+            path, inode = self.file
+            try:
+                if path.lstat().st_ino == inode:
+                    path.unlink()
+            except OSError:
+                pass  # gone, or out of reach; the next server takes it for what it is, a stale one
+            self.file = None
+        for one in self.sockets:
+            one.close()
+
+
+def find_account(user: str) -> pwd.struct_passwd | None:
+    """Who the server becomes when it has claimed everything; None: it stays who it is."""
+    if not user or os.geteuid() != 0:
+        return None
+    try:
+        account = pwd.getpwnam(user)
+    except KeyError:
+        raise StartError(f"user: there is no user {user!r} on this machine") from None
+    return account if account.pw_uid else None
+
+
+def drop_privileges(account: pwd.struct_passwd) -> None:
+    """For good: also in a child, also through the saved ids. OSError: the machine does not allow it."""
+    os.initgroups(account.pw_name, account.pw_gid)
+    os.setresgid(account.pw_gid, account.pw_gid, account.pw_gid)
+    os.setresuid(account.pw_uid, account.pw_uid, account.pw_uid)
+    try:
+        os.setresuid(0, 0, 0)
+    except PermissionError:
+        return
+    raise OSError(errno.EPERM, "root could be regained")
+
+
+def take_data_dir(path: Path, account: pwd.struct_passwd | None) -> int:
+    """Makes the folder where it is missing and locks it; the descriptor that holds the lock."""
+    try:
+        _make_folder(path, account)
+        # Its owner may not be root: nothing that it put there in the lock's place is followed or written to.
+        lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise StartError(f"data_dir {path}: {error.strerror}") from None
+    try:
+        status = os.fstat(lock)
+        if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
+            raise StartError(f"data_dir {path}: the file 'lock' in it is not a plain file")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.truncate(lock, 0)
+        os.write(lock, b"%d\n" % os.getpid())
+        if account:
+            os.fchown(lock, account.pw_uid, account.pw_gid)
+    except BlockingIOError:
+        pid = os.read(lock, 20).decode("ascii", "replace").strip()
+        os.close(lock)
+        raise StartError(f"data_dir {path} is in use by process {pid}, or by workers it left") from None
+    except OSError as error:
+        os.close(lock)
+        raise StartError(f"data_dir {path}: lock: {error.strerror}") from None
+    except StartError:
+        os.close(lock)
+        raise
+    return lock
+
+
+def _make_folder(path: Path, account: pwd.struct_passwd | None) -> None:
+    missing = []
+    folder = path
+    while not folder.exists():
+        missing.append(folder)
+        folder = folder.parent
+    for folder in reversed(missing):
+        folder.mkdir(0o700 if folder == path else 0o755)
+        parent = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+    if account and path.stat().st_uid != account.pw_uid:
+        with os.scandir(path) as entries:
+            if any(entries):
+                raise StartError(
+                    f"data_dir {path}: it does not belong to {account.pw_name}: chown -R {account.pw_name} {path}"
+                )
+        os.chown(path, account.pw_uid, account.pw_gid)
+
+
+def make_contexts(config: Config) -> dict[int, ssl.SSLContext]:
+    """The TLS context of each listener that has one, by its index."""
+    contexts: dict[int, ssl.SSLContext] = {}
+    for number, listener in enumerate(config.listener):
+        if not config.tls or listener.tls == "off":
+            continue
+        certificate, key = config.tls.certificate, config.tls.key
+        for path in (certificate, key):  # the ssl module does not say which of the two it cannot read
+            try:
+                os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+            except OSError as error:
+                raise StartError(f"tls: {path}: {error.strerror}") from None
+        try:
+            contexts[number] = tls.server_context(certificate, key, config.tls.minimum)
+        except ssl.SSLError as error:
+            raise StartError(f"tls: {certificate} with {key}: {_explain_tls(error)}") from None
+    return contexts
+
+
+def _explain_tls(error: ssl.SSLError) -> str:
+    text = str(error.args[-1])
+    if "KEY_VALUES_MISMATCH" in text:
+        return "the key is not the certificate's"
+    return "no certificate or no private key in it, as PEM" if "PEM" in text else text
+
+
+def bind(config: Config, account: pwd.struct_passwd | None) -> list[Listening]:
+    """Listens on every address of the configuration; on all of them, or on none."""
+    listening: list[Listening] = []
+    try:
+        for number, listener in enumerate(config.listener):
+            for endpoint in listener.address:
+                if isinstance(endpoint, Unix):
+                    listening.append(_bind_unix(number, endpoint.path, listener.mode, account))
+                else:
+                    for family, address in _resolve(endpoint):
+                        listening.append(_bind_inet(number, family, address, config.worker_count))
+    except StartError:
+        for one in listening:
+            one.close()
+        raise
+    return listening
+
+
+def _resolve(endpoint: Inet) -> list[tuple[int, Inet]]:
+    """A host name may stand for several addresses; each is listened on."""
+    try:
+        found = socket.getaddrinfo(endpoint.host, endpoint.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as error:
+        raise StartError(f"listener {endpoint}: {error.strerror}") from None
+    return list(dict.fromkeys((family, Inet(str(address[0]), endpoint.port)) for family, *_, address in found))
+
+
+def _bind_inet(listener: int, family: int, endpoint: Inet, workers: int) -> Listening:
+    sockets: list[socket.socket] = []
+    host, port = endpoint.host, endpoint.port
+    try:
+        for _ in range(workers):
+            one = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+            sockets.append(one)
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                one.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            # The first is bound without SO_REUSEPORT, so that any other program's socket, even one that has it,
+            # is an error; it gets the option behind bind, in time to let the others in.
+            if len(sockets) > 1:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            one.bind((host, port))
+            if len(sockets) == 1 and workers > 1:
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            one.listen(BACKLOG)
+            port = one.getsockname()[1]  # port 0 has become the one that the others must get
+    except OSError as error:
+        for one in sockets:
+            one.close()
+        raise StartError(f"listener {endpoint}: {_explain_bind(error)}") from None
+    return Listening(listener, str(Inet(host, port)), sockets)
+
+
+def _explain_bind(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "the address is in use by another program"
+    if error.errno == errno.EACCES:
+        return "no permission; ports below 1024 need a start as root (see the key `user`)"
+    return error.strerror or str(error)
+
+
+def _bind_unix(listener: int, path: Path, mode: int, account: pwd.struct_passwd | None) -> Listening:
+    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    try:
+        _remove_stale(path)
+        before = os.umask(0o777 & ~mode)  # chmod would follow a symlink put in its place
+        try:
+            one.bind(os.fspath(path))
+        finally:
+            os.umask(before)
+        if account:
+            os.chown(path, account.pw_uid, account.pw_gid, follow_symlinks=False)
+        one.listen(BACKLOG)
+        return Listening(listener, f"unix:{path}", [one], (path, path.lstat().st_ino))
+    except OSError as error:
+        one.close()
+        raise StartError(f"listener unix:{path}: {_explain_bind(error)}") from None
+
+
+def _remove_stale(path: Path) -> None:
+    """Removes a socket that nobody listens on any more; anything else stays, and bind will say so."""
+    try:
+        if not stat.S_ISSOCK(path.lstat().st_mode):
+            return
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(os.fspath(path))
+        except ConnectionRefusedError:
+            path.unlink()
+        except BlockingIOError:
+            pass  # somebody listens, and is busy

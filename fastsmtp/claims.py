@@ -1,0 +1,179 @@
+"""Finds in the spool what the queue has not in memory and should have: two scans, each with a place it has reached.
+
+New mail (of an earlier run, or released untried) is found in the order of its keys; what was deferred, in the order of
+its due times. Both scans only move on, so that a thousand held jobs are not looked at again by each claim; what
+is released or deferred puts them back. A key that is held, or was while the claim ran, is never claimed:
+what the reader saw of it may be older than its marks. The statements run in the file thread, each under 100 ms.
+Not here: the marks and their commit. Errors of the reader end a claim early; nothing is skipped by them. A message
+that cannot be read back is given to `set_aside`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import apsw
+
+from .job import Job
+from .record import Loaded, parse_job
+from .store import Reader, parse_messages
+from .thread import OneThread
+
+SCAN = 4096  # recipients in one statement: 2 ms
+LOAD = 256  # messages in one statement
+RETRY_SECONDS = 5.0  # after an error
+
+_NEW_START = (-1, -1)
+_NEW_END = (1 << 63) - 1, 0
+_DUE_START = (-(1 << 62), -1, -1)
+_DUE_END = ((1 << 63) - 1, 0, 0)
+
+
+class Claims:
+    """`held` are the jobs in memory by key; the spool adds and, through `let_go`, removes them."""
+
+    def __init__(
+        self,
+        reader: Reader,
+        thread: OneThread,
+        bodies: Path,
+        set_aside: Callable[[int, str], None],
+    ) -> None:
+        self.held: dict[int, Job] = {}
+        self._reader = reader
+        self._thread = thread
+        self._bodies = bodies
+        self._set_aside = set_aside
+        self._new = _NEW_START
+        self._due = _DUE_START
+        self._low_new = _NEW_END  # the lowest place asked for while a statement ran
+        self._low_due = _DUE_END
+        self._next: float | None = None
+        self._not_before = 0.0
+        self._claiming = False
+        self._gone: set[int] = set()
+
+    def next_due(self) -> float | None:
+        """When a claim may find something (0.0: now); None: not before something is released or deferred."""
+        due = 0.0 if self._new != _NEW_END else self._next
+        return None if due is None else max(due, self._not_before)
+
+    def let_go(self, key: int) -> int:
+        """A job leaves memory: its marks are durable. The octets it held."""
+        if self._claiming:
+            self._gone.add(key)
+        job = self.held.pop(key, None)
+        return job.held if job is not None else 0
+
+    def put_back(self, job: Job) -> None:
+        """What is pending of a job that was let go is to be found again."""
+        for number in job.pending:
+            due = job.due.get(number)
+            if due is None:
+                place = (job.key, -1)
+                self._new = min(self._new, place)
+                self._low_new = min(self._low_new, place)
+            else:
+                self.defer(due)
+
+    def defer(self, due: float) -> None:
+        """A recipient is due then."""
+        place = (int(due * 1000), -1, -1)
+        self._due = min(self._due, place)
+        self._low_due = min(self._low_due, place)
+        self._next = due if self._next is None else min(self._next, due)
+
+    async def claim(self, now: float, n: int) -> list[Job]:
+        """Up to about `n` jobs; one claim at a time, a second gets nothing."""
+        jobs: list[Job] = []
+        if self._claiming:
+            return jobs
+        self._claiming = True
+        try:
+            while len(jobs) < n and self._new != _NEW_END:
+                jobs += await self._claim_new(n - len(jobs))
+            while len(jobs) < n:
+                found, more = await self._claim_due(int(now * 1000), n - len(jobs))
+                jobs += found
+                if not more:
+                    break
+            self._not_before = 0.0
+        except apsw.Error:
+            self._not_before = now + RETRY_SECONDS
+        finally:
+            self._claiming = False
+            self._gone.clear()
+        return jobs
+
+    async def _claim_new(self, n: int) -> list[Job]:
+        behind, self._low_new = self._new, _NEW_END
+        rows: list[tuple[int, int, int]] = json.loads(await self._thread.call(lambda: self._reader.new(behind, SCAN)))
+        keys: dict[int, None] = {}
+        reached = _NEW_END
+        for key, number, untried in rows:
+            if untried and key not in keys:
+                if len(keys) == n:
+                    break
+                if key not in self.held:
+                    keys[key] = None
+            reached = (key, number)
+        else:
+            if len(rows) < SCAN:
+                reached = _NEW_END
+        jobs = await self._load(list(keys))
+        self._new = min(reached, self._low_new)
+        return jobs
+
+    async def _claim_due(self, now_ms: int, n: int) -> tuple[list[Job], bool]:
+        behind, self._low_due = self._due, _DUE_END
+        limit = min(SCAN, n)
+        rows: list[tuple[int, int, int]] = json.loads(
+            await self._thread.call(lambda: self._reader.due(behind, now_ms, limit))
+        )
+        reached = behind
+        if rows:
+            due, last, number = rows[-1]
+            reached = (due, last, number)
+        more = len(rows) == limit
+        following = now_ms if more else await self._thread.call(lambda: self._reader.next_due(reached))
+        jobs = await self._load(list({key: None for _, key, _ in rows if key not in self.held}))
+        self._due = min(reached, self._low_due)
+        self._next = None if following is None else following / 1000
+        if self._low_due != _DUE_END:
+            self.defer(self._low_due[0] / 1000)
+        return jobs, more
+
+    async def _load(self, keys: list[int]) -> list[Job]:
+        """The jobs of these keys, now held; all or, on an error, none."""
+        rows: list[Loaded] = []
+        for start in range(0, len(keys), LOAD):
+            chunk = keys[start : start + LOAD]
+            try:
+                rows += parse_messages(await self._thread.call(partial(self._reader.messages, chunk)))
+            except (ValueError, apsw.CorruptError):
+                rows += await self._load_each(chunk)
+        jobs: list[Job] = []
+        for row in rows:
+            key = row[0]
+            try:
+                job = parse_job(row, self._bodies)
+            except ValueError as error:
+                self._set_aside(key, f"its record cannot be read: {error}")
+                continue
+            if job.pending and key not in self._gone:
+                self.held[key] = job
+                jobs.append(job)
+        return jobs
+
+    async def _load_each(self, keys: list[int]) -> list[Loaded]:
+        """One by one, when one of them spoils the answer for all."""
+        rows: list[Loaded] = []
+        for key in keys:
+            try:
+                rows += parse_messages(await self._thread.call(partial(self._reader.messages, [key])))
+            except (ValueError, apsw.CorruptError) as error:
+                self._set_aside(key, f"its record cannot be read: {error}")
+        return rows

@@ -1,0 +1,252 @@
+"""The command line: `fastsmtp serve` and `fastsmtp check`.
+
+In: arguments and a configuration file. Out: text for people (stdout: what was asked for; stderr: errors, and the
+banner of `serve`), or JSON for programs; exit code 0, 1 (the configuration or the machine does not allow it) or
+2 (wrong arguments). What an operator can cause is one clear line each, never a traceback. A reader that goes
+away or a closed stdout changes neither the work nor the exit code. Nothing is served here: the supervisor does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import re
+import ssl
+import sys
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+
+import click
+
+from . import tls
+from .config import (
+    DEFAULT,
+    SECTIONS,
+    Config,
+    ConfigError,
+    Maildir,
+    Problem,
+    Unix,
+    default,
+    default_of,
+    kind_of,
+    load,
+    problem_at,
+    warnings,
+)
+from .toml_lines import Place
+
+_FILE = click.Path(path_type=Path)
+_RESTART = "user, workers, data_dir and new ports below 1024 need a restart"
+
+
+def _version() -> str:
+    try:
+        return metadata.version("fastsmtp-mta")
+    except metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return "unknown"
+
+
+def _say(*lines: str, err: bool = False) -> None:
+    """Prints lines, or loses them when nobody reads any more."""
+    try:
+        for line in lines:
+            click.echo(line, err=err)
+    except OSError:
+        # What is still buffered would fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2 if err else 1)
+
+
+def _open_standard_descriptors() -> None:
+    """Where 0, 1 or 2 is closed, a socket or a database would get that number, and stray output with it."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(descriptor)
+
+
+@click.group()
+@click.version_option(_version(), prog_name="fastsmtp")
+def main() -> None:
+    """An SMTP server that says 250 only when the message is on stable storage."""
+    _open_standard_descriptors()
+
+
+@main.command()
+@click.option("--config", "file", type=_FILE, help="The configuration; without it, an embedded default.")
+def serve(file: Path | None) -> None:
+    """Serve until told to stop (Ctrl-C or SIGTERM)."""
+    try:
+        config = load(file) if file else default()
+    except ConfigError as error:
+        _say(*map(str, error.errors), err=True)
+        sys.exit(1)
+    # The loop and the database's library come with these; `check` needs neither.
+    from . import server, supervisor
+    from .claim import StartError
+
+    def announce(addresses: list[str]) -> None:
+        if file is None:
+            _say(*_banner(config, addresses), err=True)
+
+    try:
+        sys.exit(supervisor.run(config, announce, worker=server.run))
+    except StartError as error:
+        _say(f"fastsmtp: {error}", err=True)
+        sys.exit(1)
+
+
+def _banner(config: Config, addresses: list[str]) -> list[str]:
+    """What the embedded default does, for someone who has just started it."""
+    mail = next(way.path for way in config.transport.values() if isinstance(way, Maildir))
+    return [
+        f"fastsmtp {_version()} listens on {', '.join(addresses)}. There is no configuration file, so it",
+        "takes mail for every address and delivers it to a Maildir for each:",
+        "",
+        f"    mail lies in    {mail.format(domain='<domain>', local='<local-part>')}/",
+        f"    send some       swaks --server {addresses[0]} --to b@y.test",
+        "    stop            Ctrl-C",
+        "    configure       fastsmtp serve --config FILE   (keys: fastsmtp check --describe)",
+        "",
+    ]
+
+
+@main.command()
+@click.option("--config", "file", type=_FILE, help="The configuration file.")
+@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@click.option("--describe", is_flag=True, help="Print the reference of all keys, in Markdown, and end.")
+def check(file: Path | None, as_json: bool, describe: bool) -> None:
+    """Say what is wrong with a configuration, where, and what was expected; exit code 0 or 1."""
+    if describe:
+        _say(render_reference().removesuffix("\n"))
+        return
+    if file is None:
+        raise click.UsageError("Missing option '--config' (or '--describe').")
+    config, problems = None, []
+    try:
+        config = load(file)
+        problems = [problem_at(file, place, message) for place, message in check_machine(config)]
+    except ConfigError as error:
+        problems = error.errors
+    if as_json:
+        _say(json.dumps(_report(config, problems), indent=2, ensure_ascii=False))
+    else:
+        _say(*map(str, problems), err=True)
+        if config is not None and not problems:
+            _say(f"{file}: no errors", *_summary(config))
+    sys.exit(1 if problems else 0)
+
+
+def _report(config: Config | None, problems: list[Problem]) -> dict[str, object]:
+    return {
+        "ok": not problems,
+        "errors": [vars(problem) for problem in problems],
+        "warnings": warnings(config) if config else [],
+    }
+
+
+def _summary(config: Config) -> list[str]:
+    """What a server with this configuration would do, and what seems odd about it."""
+    lines = ["", f"{config.hostname}: {config.worker_count} workers, spool in {config.data_dir}", ""]
+    for listener in config.listener:
+        where = ", ".join(map(str, listener.address))
+        lines.append(f"listener   {where}  role {listener.role}, tls {listener.tls}")
+    for domain in config.domain:
+        who = "any recipient" if domain.recipients == "any" else f"{len(domain.recipients)} recipients"
+        lines.append(f"domain     {domain.name}  {who}, by {domain.transport}")
+    for name, way in config.transport.items():
+        lines.append(f"transport  {name}  {way.type}" + (f" {way.path}" if isinstance(way, Maildir) else ""))
+    lines += ["", *(f"warning: {warning}" for warning in warnings(config)), f"note: {_RESTART}"]
+    return lines
+
+
+# What can be asked of the machine without starting. Each answer is a place in the file, and what is wrong.
+
+
+def check_machine(config: Config) -> Iterator[tuple[Place, str]]:
+    """What stands between this configuration and a server on this machine."""
+    if config.tls:
+        yield from _check_certificate(config.tls.certificate, config.tls.key)
+    if wrong := _check_folder(config.data_dir):
+        yield ("data_dir",), wrong
+    if config.user:
+        try:
+            pwd.getpwnam(config.user)
+        except KeyError:
+            yield ("user",), f"there is no user {config.user} on this machine"
+    for i, listener in enumerate(config.listener):
+        for endpoint in listener.address:
+            if isinstance(endpoint, Unix) and not endpoint.path.parent.is_dir():
+                yield ("listener", i, "address"), f"{endpoint.path.parent} is no folder"
+    for name, way in config.transport.items():
+        if isinstance(way, Maildir) and (wrong := _check_folder(way.root)):
+            yield ("transport", name, "path"), wrong
+
+
+def _check_folder(folder: Path) -> str:
+    """Why mail cannot be kept there; empty when it can, or when the folder can be made."""
+    there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
+    if not there.is_dir():
+        return f"{there} is no folder"
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
+        return f"{there} is not writable" + ("" if there == folder else f", so {folder} cannot be made")
+    return ""
+
+
+def _check_certificate(certificate: Path, key: Path) -> Iterator[tuple[Place, str]]:
+    unreadable = False
+    for name, path, mark in (
+        ("certificate", certificate, rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
+        ("key", key, rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
+    ):
+        try:
+            wrong = "" if re.search(mark, path.read_bytes()) else f"there is no PEM {name} in {path}"
+        except OSError as error:
+            wrong = f"{path} cannot be read: {error.strerror}"
+        if wrong:
+            unreadable = True
+            yield ("tls", name), wrong
+    if unreadable:
+        return
+    try:
+        tls.server_context(certificate, key)
+    except ssl.SSLError as error:
+        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
+            yield ("tls", "key"), f"the key in {key} does not belong to the certificate in {certificate}"
+        else:
+            yield ("tls",), f"{certificate} and {key} cannot be used: {error.args[-1]}"
+
+
+# The reference of all keys.
+
+_INTRODUCTION = """\
+# Configuration
+
+<!-- Made by `fastsmtp check --describe` from fastsmtp/config.py; to be changed there. -->
+
+One TOML file: `fastsmtp serve --config FILE` reads it, `fastsmtp check --config FILE` says what is wrong in it and
+where. A **duration** is text such as `"30s"`, `"5m"`, `"1h30m"` or `"5d"`, or a number of seconds. A **size** is
+text such as `"64KB"`, `"50MB"` or `"1GB"` (1 KB is 1,024 octets), or a number of octets. Relative paths start at
+the file's folder. Domain names may be written in any script. A key without a default must be given where its table
+stands. Changes take effect at a restart.
+
+Without a file this holds, and relative paths start at the current folder:
+"""
+
+
+def render_reference() -> str:
+    """All keys with type, default and help, in Markdown."""
+    lines = [_INTRODUCTION, "```toml", DEFAULT + "```"]
+    for section in SECTIONS:
+        title = f"`{section.heading}`" if section.heading else "Top of the file"
+        choice = f' with `type = "{section.choice}"`' if section.choice else ""
+        lines += ["", f"## {title}{choice}", ""]
+        if section.heading:
+            lines += [section.model.__doc__ or "", ""]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
+        lines += [
+            f"| `{name}` | {kind_of(field)} | {default_of(field)} | {field.description} |"
+            for name, field in section.keys.items()
+        ]
+    return "\n".join(lines) + "\n"

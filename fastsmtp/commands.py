@@ -1,0 +1,135 @@
+"""The verb table, and how the arguments of each command are read.
+
+In: a verb and the octets behind it, as the parser cut them. Out: the row of the verb, and a typed value for the
+commands that carry one. The rules that hold for many verbs (which listeners know it, what must have come before,
+whether it takes an argument, whether it counts as useless) are columns here and are applied in one place, in
+session.py. Nothing here knows the state of a session.
+Raises CommandError with the reply for the client. RFC 5321 4.1.1; RFC 3030 2; RFC 2033 4.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from enum import Enum
+from typing import NamedTuple
+
+from .address import Address, AddressError, parse_path
+from .extensions import (
+    MAIL_PARAMETERS,
+    NO_PARAMETERS,
+    RCPT_PARAMETERS,
+    CommandError,
+    parse_parameters,
+)
+from .reply import R501_BAD_BDAT, R501_BAD_RECIPIENT, R501_BAD_SENDER, R553_NEEDS_SMTPUTF8, Reply
+
+
+class Argument(Enum):
+    """Whether a verb has something behind it."""
+
+    NONE = "none"
+    OPTIONAL = "optional"
+    REQUIRED = "required"
+
+
+class Verb(NamedTuple):
+    """A row of the table. `barrier`: the octets behind the command mean what our answer makes of them.
+    `greets`: HELO, EHLO or LHLO. `open`: allowed on `submission` before AUTH (RFC 4954 6). `after_helo`: 503
+    before it. `useless`: counted when it comes too often without mail."""
+
+    name: str
+    argument: Argument = Argument.OPTIONAL
+    barrier: bool = False
+    greets: bool = False
+    open: bool = False
+    after_helo: bool = False
+    useless: bool = False
+
+
+NONE, REQUIRED = Argument.NONE, Argument.REQUIRED
+
+TABLE = (
+    Verb("EHLO", REQUIRED, greets=True, open=True),
+    Verb("HELO", REQUIRED, greets=True, open=True),
+    Verb("LHLO", REQUIRED, greets=True, open=True),
+    Verb("MAIL", REQUIRED, after_helo=True),
+    Verb("RCPT", REQUIRED, after_helo=True),
+    Verb("DATA", NONE, barrier=True, after_helo=True),
+    # RFC 3030 2: its octets are consumed whatever came before, so what must have come is asked behind them.
+    Verb("BDAT", barrier=True, open=True),
+    Verb("RSET", NONE, open=True, useless=True),
+    Verb("NOOP", open=True, useless=True),
+    Verb("QUIT", NONE, barrier=True, open=True),
+    Verb("HELP", open=True, useless=True),
+    # RFC 5321 4.1.4: also before HELO.
+    Verb("VRFY", REQUIRED, useless=True),
+    Verb("EXPN", REQUIRED, useless=True),
+    Verb("STARTTLS", NONE, barrier=True, open=True),
+)
+VERBS = {verb.name.encode(): verb for verb in TABLE}
+
+# Known and not done: never "unknown". TURN hands the role over without proof, the next three left the protocol.
+NOT_IMPLEMENTED = frozenset((b"AUTH", b"ETRN", b"ATRN", b"TURN", b"SEND", b"SOML", b"SAML", b"XCLIENT", b"XFORWARD"))
+# A web browser, or a page that makes one post a form to us: not a mail client.
+FOREIGN = frozenset((b"GET", b"POST", b"CONNECT", b"PUT"))
+
+BARRIERS = frozenset(verb.name.encode() for verb in TABLE if verb.barrier) | FOREIGN | {b"AUTH"}
+
+
+class Bdat(NamedTuple):
+    """BDAT size [LAST]."""
+
+    size: int
+    last: bool
+
+
+def parse_mail(rest: bytes, brackets: bool) -> tuple[Address, Mapping[str, int | str]]:
+    """MAIL FROM:<reverse-path> and its parameters by upper-case keyword.
+
+    Plain tuples on the path of every message: a NamedTuple costs 0.25 µs more.
+    """
+    address, path, tail = _parse_path(rest, b"FROM:", brackets, R501_BAD_SENDER)
+    parameters = parse_parameters(tail, MAIL_PARAMETERS) if tail else NO_PARAMETERS
+    if not path.isascii() and "SMTPUTF8" not in parameters:
+        raise CommandError(R553_NEEDS_SMTPUTF8)
+    return address, parameters
+
+
+def parse_rcpt(rest: bytes, brackets: bool) -> tuple[Address, bool, Mapping[str, int | str]]:
+    """RCPT TO:<forward-path>, whether the path is ASCII, and its parameters."""
+    address, path, tail = _parse_path(rest, b"TO:", brackets, R501_BAD_RECIPIENT)
+    if not address:
+        raise CommandError(R501_BAD_RECIPIENT)
+    return address, path.isascii(), parse_parameters(tail, RCPT_PARAMETERS) if tail else NO_PARAMETERS
+
+
+def _parse_path(rest: bytes, word: bytes, brackets: bool, bad: Reply) -> tuple[Address, bytes, bytes]:
+    """The address, its octets, and what stands behind it. Blanks before the path are tolerated: clients send
+    them."""
+    size = len(word)
+    if rest[:size].upper() != word:
+        raise CommandError(bad)
+    path = rest[size:]
+    if path[:1] == b" ":
+        path = path.lstrip(b" ")
+    try:
+        address, end = parse_path(path, brackets=brackets)
+    except AddressError:
+        raise CommandError(bad) from None
+    if end == len(path):
+        return address, path, b""
+    tail = path[end:]
+    if tail[:1] != b" ":
+        raise CommandError(bad)
+    return address, path[:end], tail
+
+
+_BDAT = re.compile(rb"([0-9]{1,20})( +LAST)?", re.IGNORECASE)
+
+
+def parse_bdat(rest: bytes) -> Bdat:
+    match = _BDAT.fullmatch(rest)
+    if match is None:
+        raise CommandError(R501_BAD_BDAT)
+    return Bdat(int(match[1]), match[2] is not None)

@@ -1,0 +1,380 @@
+"""Group commit: all that came while one commit ran goes into the next, and is answered when that is durable.
+
+In: messages that wait for their answer, recipients finished or deferred, jobs given back. Out: STORED or Refused
+for each message, then the jobs of a batch in its order. When nothing runs a batch begins at the end of the same
+round of the loop: there is no timer. Statements run on the loop, COMMIT and checkpoints in the writer thread;
+from handing one over until its answer nothing touches that connection, what comes waits in lists.
+A commit that failed leaves its batch undecided. Its senders hear a 4xx only when their messages have been
+deleted and that is on the disk; else they hear nothing. Its marks go into the next batch. Until the store works
+again no message is taken, and nothing may be sent: what cannot be marked would be sent twice.
+"""
+
+from __future__ import annotations
+
+from asyncio import AbstractEventLoop, Future, Task, sleep, wait
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from .bodies import FileDraft, remove
+from .claims import RETRY_SECONDS, Claims
+from .job import JOB_OCTETS, Job, Mark
+from .record import Row
+from .reply import R451_LOCAL_ERROR, R452_NO_ROOM
+from .room import Room
+from .store import ROWS, SPARE_PAGES, Batch, Reader, Store
+from .thread import OneThread
+from .trouble import Trouble
+from .verdict import STORED, Refused, Stored
+
+BATCH_OCTETS = 2 << 20  # of bodies in one transaction: some milliseconds of copying on the loop
+CLOSE_SECONDS = 5.0  # for a store that does not work
+LONG_LOG_PAGES = (64 << 20) // 4096  # a write-ahead log of this length is worth a line
+
+# Reasons of a Refused, the same words in log and metrics
+NO_ROOM = "spool-no-room"
+FAILED = "spool-failed"
+UNDECIDED = "spool-undecided"
+UNHEALTHY = "spool-unhealthy"
+
+
+def refusal(full: bool) -> Refused:
+    """What the sender hears: for lack of space, or for any other error."""
+    return Refused(NO_ROOM, R452_NO_ROOM) if full else Refused(FAILED, R451_LOCAL_ERROR)
+
+
+class Entry:
+    """A message that waits for its commit."""
+
+    __slots__ = ("answer", "draft", "job", "recipients", "row")
+
+    def __init__(self, row: Row, job: Job, draft: FileDraft, answer: Callable[[Stored | Refused], None]) -> None:
+        self.row = row
+        self.job = job
+        self.draft = draft
+        self.answer = answer
+        self.recipients = [
+            (job.key, number, recipient.address.domain)
+            for number, recipient in enumerate(job.message.envelope.recipients)
+        ]
+
+
+class _Round:
+    """One batch, with those who wait for it."""
+
+    __slots__ = ("batch", "done", "entries", "released")
+
+    def __init__(self) -> None:
+        self.entries: list[Entry] = []
+        self.done: list[Job] = []
+        self.released: list[Job] = []
+        self.batch = Batch()
+
+
+class GroupCommit:
+    """The one user of a Store while it runs. Used on the loop's thread only.
+
+    `stored` is called with the jobs of each batch, after its messages were answered.
+    """
+
+    def __init__(
+        self,
+        loop: AbstractEventLoop,
+        store: Store,
+        reader: Reader,
+        writer: OneThread,
+        files: OneThread,
+        room: Room,
+        claims: Claims,
+        trouble: Trouble,
+        stored: Callable[[list[Job]], None],
+        backlog: int,
+        broken: int,
+    ) -> None:
+        self.backlog = backlog  # messages not finished
+        self.broken = broken  # messages set aside
+        self.commits = 0
+        self.commits_failed = 0
+        self.healthy = True
+        self._loop = loop
+        self._store = store
+        self._reader = reader
+        self._writer = writer
+        self._files = files
+        self._room = room
+        self._claims = claims
+        self._trouble = trouble
+        self._stored = stored
+        self._closing = False
+        self._busy = False  # a batch is being made, or the connection is the writer thread's
+        self._quiet: Future[None] | None = None
+        self._recovery: Task[None] | None = None
+        self._failures = 0  # commits that failed since the last that did not
+        self._free_pages = 0
+        self._round = _Round()  # of the commit that runs
+        # What waits for the next batch
+        self._entries: list[Entry] = []
+        self._done: list[Job] = []
+        self._released: list[Job] = []
+        self._waiting = Batch()  # `later`, `partly` and `aside` only
+        self._asides: set[int] = set()
+
+    def enter(self, entry: Entry) -> None:
+        """Takes a message whose body is in the row or durable in its file."""
+        if self.healthy and not self._closing:
+            self._entries.append(entry)
+            self._schedule()
+        else:
+            entry.draft.discard()
+            entry.answer(Refused(UNHEALTHY, R451_LOCAL_ERROR))
+
+    def finish(self, job: Job, mark: Mark) -> None:
+        """Takes what became of a recipient of a held job."""
+        waiting = self._waiting
+        if mark.due is not None:
+            job.due[mark.number] = mark.due
+            job.attempts[mark.number] = mark.attempts
+            job.reasons[mark.number] = mark.reason
+            due = int(mark.due * 1000)
+            waiting.later.append((due, mark.attempts, mark.reason, mark.key, mark.number))
+        else:
+            job.pending.remove(mark.number)
+            if job.pending:
+                waiting.partly.append((mark.key, mark.number))
+            else:
+                self._done.append(job)
+                self._room.jobs -= job.held
+                job.held = 0
+        self._schedule()
+
+    def release(self, job: Job) -> None:
+        """Lets a job go, behind the marks that came before."""
+        self._released.append(job)
+        self._schedule()
+
+    def set_aside(self, key: int, why: str, since: float) -> bool:
+        """Takes a message out of delivery. False: that is under way."""
+        if key in self._asides:
+            return False
+        self._asides.add(key)
+        self._waiting.aside.append((key, why, since))
+        self._schedule()
+        return True
+
+    async def close(self) -> None:
+        """Commits what waits, unless the store does not work."""
+        self._closing = True
+        while self._busy:
+            if self._recovery is None:
+                self._quiet = self._loop.create_future()
+                await self._quiet
+                continue
+            await wait({self._recovery}, timeout=CLOSE_SECONDS)
+            if self._recovery is not None:
+                self._recovery.cancel()
+                self._answer(self._round.entries, Refused(UNDECIDED, None))
+                break
+        self.healthy = False
+
+    def _schedule(self) -> None:
+        if not self._busy:
+            self._busy = True
+            self._loop.call_soon(self._next)
+
+    def _next(self) -> None:
+        """Begins the next batch; the connection is the loop's."""
+        if self._entries or self._done or self._waiting or self._released:
+            self._begin()
+        elif self._free_pages > SPARE_PAGES and not self._closing:
+            self._round = _Round()
+            self._writer.run(self._store.vacuum, self._vacuumed)
+        else:
+            self._busy = False
+            self._tell_quiet()
+
+    def _begin(self) -> None:
+        work = self._round = self._take()
+        if not work.batch:
+            self._settle(work)
+            self._next()
+            return
+        try:
+            self._store.write(work.batch)
+        except Exception as error:
+            self._fail(error)
+            return
+        self._writer.run(self._store.commit, self._committed)
+
+    def _take(self) -> _Round:
+        """The next batch, of bounded size. Its messages are held from here on: a claim may see them in the
+        database before the loop hears of their commit."""
+        work = _Round()
+        batch = work.batch
+        held = self._claims.held
+        rows = octets = 0
+        for entry in self._entries:
+            body = entry.row[-1]
+            rows += 1 + len(entry.recipients)
+            octets += len(body) if body is not None else 0
+            if work.entries and (rows > ROWS or octets > BATCH_OCTETS):
+                break
+            work.entries.append(entry)
+            batch.messages.append(entry.row)
+            batch.recipients += entry.recipients
+            held[entry.job.key] = entry.job
+        del self._entries[: len(work.entries)]
+        work.done, self._done = self._done[:ROWS], self._done[ROWS:]
+        batch.done = [job.key for job in work.done]
+        waiting = self._waiting
+        if waiting:
+            batch.later, waiting.later = waiting.later[:ROWS], waiting.later[ROWS:]
+            batch.partly, waiting.partly = waiting.partly[:ROWS], waiting.partly[ROWS:]
+            batch.aside, waiting.aside = waiting.aside[:ROWS], waiting.aside[ROWS:]
+        if not waiting and not self._done:  # a job is let go only behind the last of its marks
+            work.released, self._released = self._released, []
+        return work
+
+    def _committed(self, answer: bool | Exception) -> None:
+        if isinstance(answer, Exception):
+            self._fail(answer)
+            return
+        self.commits += 1
+        self._failures = 0
+        work = self._round
+        self._answer(work.entries, STORED)
+        self._settle(work)
+        if answer:  # the answers are out before the checkpoint starts
+            self._writer.run(self._store.checkpoint, self._checkpointed)
+        else:
+            self._next()
+
+    def _answer(self, entries: list[Entry], answer: Stored | Refused) -> None:
+        for entry in entries:
+            try:
+                entry.answer(answer)
+            except Exception as error:  # a bug of one connection must not cost the others their answers
+                self._report(error)
+
+    def _settle(self, work: _Round) -> None:
+        """What follows from a batch that is durable."""
+        room = self._room
+        claims = self._claims
+        jobs: list[Job] = []
+        for entry in work.entries:
+            room.drafts -= entry.draft.held
+            job = entry.job
+            job.held = JOB_OCTETS + (job.message.size if job.message.parts is not None else 0)
+            room.jobs += job.held
+            jobs.append(job)
+        for job in work.done:
+            claims.let_go(job.key)
+            if job.message.file:
+                self._files.run(partial(remove, Path(job.message.file)), self._removed)
+        for due, *_ in work.batch.later:
+            claims.defer(due / 1000)
+        for key, *_ in work.batch.aside:
+            self._asides.discard(key)
+            room.jobs -= claims.let_go(key)
+        for job in work.released:
+            if job.pending and claims.held.get(job.key) is job:
+                room.jobs -= claims.let_go(job.key)
+                claims.put_back(job)
+        self.backlog += len(jobs) - len(work.done) - len(work.batch.aside)
+        self.broken += len(work.batch.aside)
+        if jobs:
+            try:
+                self._stored(jobs)
+            except Exception as error:
+                self._report(error)
+
+    def _checkpointed(self, answer: tuple[int, int] | Exception) -> None:
+        if isinstance(answer, Exception):
+            self._trouble.warn("checkpoint", str(answer))
+        else:
+            kept, self._free_pages = answer
+            if kept > LONG_LOG_PAGES:
+                why = f"a reader keeps {kept >> 8} MB of the write-ahead log"
+                self._trouble.warn("checkpoint", why)
+        self._next()
+
+    def _vacuumed(self, answer: int | Exception) -> None:
+        if isinstance(answer, Exception):
+            self._fail(answer)
+        else:
+            self._free_pages = answer if answer < self._free_pages else 0
+            self._next()
+
+    def _removed(self, answer: Exception | None) -> None:
+        if answer is not None:  # the next start tries again
+            self._trouble.warn("body", str(answer))
+
+    def _tell_quiet(self) -> None:
+        if self._quiet is not None and not self._quiet.done():
+            self._quiet.set_result(None)
+
+    # --- trouble ---
+
+    def _fail(self, error: Exception) -> None:
+        """A batch is undecided. The connection stays the recovery's until that has worked."""
+        self.healthy = False
+        self.commits_failed += 1
+        self._failures += 1
+        full = self._store.is_full(error)
+        self._trouble.begins("commit", str(error))
+        self._recovery = self._loop.create_task(self._recover(full))
+        self._tell_quiet()
+
+    async def _recover(self, full: bool) -> None:
+        """Makes sure that nothing of the batch is there, then tells. Until it has worked nothing else is done."""
+        work = self._round
+        refused = refusal(full)
+        undecided = work.entries
+        keys = [entry.job.key for entry in undecided]
+        delay = 1.0
+        if full:
+            self._room.ballast.give_up()
+            self._room.look_again()
+        while not await self._try_recovery(keys):
+            self._answer(work.entries, Refused(UNDECIDED, None))
+            work.entries = []
+            self._refuse_waiting(refused)
+            self._room.ballast.give_up()
+            await sleep(delay)
+            delay = min(2 * delay, RETRY_SECONDS)
+        for entry in undecided:
+            self._claims.let_go(entry.job.key)
+            entry.draft.discard()
+        self._answer(work.entries, refused)
+        work.entries = []
+        self._done[:0] = work.done
+        self._released[:0] = work.released
+        self._waiting.later[:0] = work.batch.later
+        self._waiting.partly[:0] = work.batch.partly
+        self._waiting.aside[:0] = work.batch.aside
+        if self._failures > 1:  # it can be opened, but no commit works: not at full speed
+            self._refuse_waiting(refused)
+            await sleep(min(2.0 ** (self._failures - 2), RETRY_SECONDS))
+        self._recovery = None
+        self.healthy = True
+        self._trouble.ends()
+        self._next()
+
+    async def _try_recovery(self, keys: list[int]) -> bool:
+        try:
+            await self._files.call(self._reader.close)
+            await self._writer.call(partial(self._store.recover, keys))
+            await self._files.call(self._reader.open)
+        except Exception as error:  # whatever it is, clients wait for an answer and mail for the next attempt
+            self._trouble.begins("recovery", str(error))
+            return False
+        return True
+
+    def _refuse_waiting(self, refused: Refused) -> None:
+        """Refuses what was in no transaction yet."""
+        entries, self._entries = self._entries, []
+        for entry in entries:
+            entry.draft.discard()
+        self._answer(entries, refused)
+
+    def _report(self, error: Exception) -> None:
+        self._loop.call_exception_handler({"message": "a callback of the spool failed", "exception": error})

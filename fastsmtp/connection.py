@@ -1,0 +1,617 @@
+"""A client's connection: octets to the parser, its events to the session, replies back; and everything about time.
+
+Each step is a plain call: feed, next, receive, write. Only what has to wait makes the connection `busy` (a policy that
+must look something up, the spool's commit): nothing more is interpreted until the answer is there, what arrives waits
+in the parser, and above 64 KB the client is not read. Replies of a pipelined group leave in one write.
+`check` is called every few seconds and ends what has timed out: no timer is set per command or connection.
+Not here: what a command means (session), where messages are kept (spool), who is accepted (policy), listening (server).
+A bug is logged once and answered 421; exception text never goes to the peer. RFC 5321 4.5.3.2; RFC 2920; RFC 3207.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from enum import IntFlag
+from functools import partial
+from typing import Literal, cast
+
+from . import log as logs
+from ._parser import Body, BodyEnd, FrameError, Line, Parser
+from ._shared import Shared
+from .commands import BARRIERS
+from .job import Draft, Keeper
+from .message import Content, Message
+from .metrics import Counter
+from .policy import Policy
+from .reply import (
+    R421_BUG,
+    R421_SESSION_TOO_OLD,
+    R421_SHUTTING_DOWN,
+    R421_TIMEOUT,
+    R421_TOO_MANY_SESSIONS,
+    R552_TOO_BIG_CLOSING,
+    R554_EARLY_TALKER,
+    SILENT_CLOSE,
+    Reply,
+    Then,
+    named,
+    reason,
+)
+from .session import Answer, Chunk, Session, Terms
+from .tls import describe
+from .verdict import Ask, Client, Refused, Store, Stored, Verdict
+
+UNREAD_LIMIT = 65536  # octets fed and not interpreted, above which the client is not read
+RATE_WINDOW = 60.0  # seconds over which the minimum rate of data is measured
+LINGER = 5.0  # seconds that a client has to take our last words while it still sends
+
+# Names of this module: on Python 3.11 looking up an Enum's member costs 0.05 µs each time.
+NO_CONTENT = Content.NONE
+ACCEPTED = Counter.MESSAGES_ACCEPTED
+
+# The octets behind these verbs belong to our answer: whoever sends them before is guessing it.
+EARLY = frozenset((b"EHLO", b"HELO", b"LHLO", b"DATA"))
+
+
+class Pause(IntFlag):
+    """Why the client is not read."""
+
+    NONE = 0
+    UNREAD = 1  # enough has been read that is not interpreted yet
+    DRAFT = 2  # the message's octets are not on disk yet
+    OUTPUT = 4  # the client does not take our replies
+
+
+class Times:
+    """Time limits, in seconds; `data_rate` in octets per second, 0 for none."""
+
+    __slots__ = ("command", "data", "data_rate", "greet_delay", "oversize", "session", "tls", "write")
+
+    def __init__(
+        self,
+        command: float = 300.0,
+        data: float = 300.0,
+        data_rate: float = 100.0,
+        tls: float = 30.0,
+        session: float = 3600.0,
+        oversize: float = 600.0,
+        write: float = 300.0,
+        greet_delay: float = 0.0,
+    ) -> None:
+        self.command = command
+        self.data = data
+        self.data_rate = data_rate
+        self.tls = tls
+        self.session = session
+        self.oversize = oversize
+        self.write = write
+        self.greet_delay = greet_delay
+
+    @property
+    def period(self) -> int:
+        """How often, in whole seconds, connections are checked so that no limit is passed by much."""
+        return int(max(1, min(30, min(self.command, self.data, self.session, self.write) / 4)))
+
+
+class Service:
+    """What all connections of one listener share.
+
+    `rounds` are the sets that are checked in turn, one each second: a connection stays in one for its life.
+    """
+
+    __slots__ = (
+        "context", "counters", "draining", "early_refused", "keeper", "log", "loop", "make_parser", "name", "policy",
+        "rounds", "session_limit", "shared", "tasks", "terms", "times", "turn", "withheld", "worker",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        name: str,
+        terms: Terms,
+        *,
+        loop: asyncio.AbstractEventLoop,
+        keeper: Keeper,
+        policy: Policy,
+        log: logs.Log,
+        shared: Shared,
+        worker: int = 0,
+        times: Times | None = None,
+        context: ssl.SSLContext | None = None,
+        early_refused: bool = True,
+        session_limit: int = 10_000,
+        withheld: Callable[[str], frozenset[str]] | None = None,
+        command_line: int = 2048,
+        auth_line: int = 12288,
+        text_line: int = 1 << 20,
+        header: int = 256 << 10,
+        bare: Literal["reject", "normalize", "keep"] = "reject",
+    ) -> None:
+        self.name = name
+        self.terms = terms
+        self.loop = loop
+        self.keeper = keeper
+        self.policy = policy
+        self.log = log
+        self.shared = shared
+        self.worker = worker
+        self.times = times or Times()
+        self.context = context
+        self.early_refused = early_refused
+        self.session_limit = session_limit
+        self.withheld = withheld
+        self.make_parser: Callable[[], Parser] = partial(
+            Parser,
+            BARRIERS,
+            command_line=command_line,
+            auth_line=auth_line,
+            text_line=text_line,
+            header=header,
+            bare=bare,
+        )
+        self.draining = False
+        self.tasks: set[asyncio.Task[None]] = set()
+        self.rounds: list[set[Connection]] = [set() for _ in range(self.times.period)]
+        self.turn = 0
+
+    def connections(self) -> list[Connection]:
+        return [connection for each in self.rounds for connection in each]
+
+    def tick(self) -> None:
+        """Called once a second: checks the connections whose turn it is."""
+        self.turn = (self.turn + 1) % len(self.rounds)
+        now = time.monotonic()
+        for connection in tuple(self.rounds[self.turn]):
+            connection.check(now)
+
+    def drain(self) -> None:
+        """Ends every session as soon as no message is under way in it."""
+        self.draining = True
+        for connection in self.connections():
+            connection.drain()
+
+    def count(self, counter: Counter, n: int = 1) -> None:
+        self.shared.add(self.worker, counter, n)
+
+    def run(self, work: Coroutine[None, None, None]) -> None:
+        """Runs a coroutine that nobody waits for."""
+        task = self.loop.create_task(work)
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+
+class Connection(asyncio.Protocol):
+    """One client, from accept to close."""
+
+    __slots__ = (
+        "body_since", "busy", "client", "closing", "draft", "end", "head_open", "marked", "message", "octets",
+        "opened", "out", "parser", "paused", "pumping", "round", "service", "session", "since", "stalled",
+        "too_big_since", "transport",
+    )  # fmt: skip
+
+    def __init__(self, service: Service) -> None:
+        self.service = service
+        self.transport: asyncio.Transport | None = None
+        self.draft: Draft | None = None
+        self.message: Message | None = None  # which the spool has been given
+        self.out: list[bytes] = []
+        self.paused = Pause.NONE
+        self.busy = True  # something is waited for: no command is interpreted; at first the greeting
+        self.pumping = False
+        self.closing = False
+        self.head_open = False  # the draft has not been told yet that the header is whole
+        self.end = ""  # why the session ended
+        self.octets = 0
+        self.opened = 0.0
+        self.since = 0.0  # when the last event was first seen by a check; 0: after the last check
+        self.stalled = 0.0  # since when the client takes no replies; 0: it does
+        self.body_since = 0.0  # since when, and from which count of octets on, the rate of data is measured
+        self.marked = 0
+        self.too_big_since = 0.0
+
+    # What the transport says
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        service = self.service
+        self.transport = cast("asyncio.Transport", transport)
+        peer = transport.get_extra_info("peername")
+        ip, port = (peer[0], peer[1]) if isinstance(peer, tuple) else ("", 0)
+        # A mapped address is its IPv4 address in every list, limit and trace.
+        self.client = Client(ip.removeprefix("::ffff:"), port, service.name)
+        if (secured := transport.get_extra_info("ssl_object")) is not None:
+            self.client.tls = describe(secured)
+            service.count(Counter.TLS_HANDSHAKES)
+        self.opened = time.monotonic()
+        self.round = service.rounds[service.turn - 1]
+        self.round.add(self)
+        self._begin(None)
+        service.count(Counter.SESSIONS)
+        if service.shared.open_session(service.worker) > service.session_limit:
+            service.count(Counter.SESSIONS_REFUSED)
+            self._bye(R421_TOO_MANY_SESSIONS, "too many sessions")
+        elif service.draining:
+            self._bye(R421_SHUTTING_DOWN, "shutdown")
+        elif service.times.greet_delay:
+            service.loop.call_later(service.times.greet_delay, self._greet)
+        else:
+            self._greet()
+
+    def _begin(self, before: Session | None) -> None:
+        withheld = self.service.withheld
+        keywords = withheld(self.client.ip) if withheld is not None else frozenset()
+        self.parser = self.service.make_parser()
+        self.session = Session(self.service.terms, self.client, keywords, before)
+
+    def _greet(self) -> None:
+        if self.transport is None or self.closing:
+            return
+        if self.parser.unread and self.service.times.greet_delay and self.service.early_refused:
+            self._bye(R554_EARLY_TALKER, "early talker")
+            return
+        self.busy = False
+        self._act(self.session.greet(), b"")
+        self._pump()
+
+    def data_received(self, data: bytes) -> None:
+        self.octets += len(data)
+        if self.closing:
+            return
+        self.parser.feed(data)
+        if self.busy:
+            if self.parser.unread > UNREAD_LIMIT:
+                self._pause(Pause.UNREAD)
+        else:
+            self._pump()
+
+    def eof_received(self) -> bool:
+        # What was sent before is answered; then the transport closes.
+        self.end = self.end or "eof"
+        return self.busy
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        service = self.service
+        self.transport = None
+        self.closing = True
+        self.round.discard(self)
+        if self.draft is not None:
+            self.draft.abandon()
+            self.draft = None
+        service.shared.close_session(service.worker)
+        service.count(Counter.OCTETS_RECEIVED, self.octets)
+        client = self.client
+        service.log.write(
+            logs.SESSION, client.ip, client.port, client.listener, client.helo, client.tls, self.session.messages,
+            time.monotonic() - self.opened, self.end or ("reset" if exc else "eof"),
+        )  # fmt: skip
+
+    def pause_writing(self) -> None:
+        self.stalled = time.monotonic()
+        self._pause(Pause.OUTPUT)
+
+    def resume_writing(self) -> None:
+        self.stalled = 0.0
+        self._resume(Pause.OUTPUT)
+        if not self.busy:
+            self._pump()
+
+    def _pause(self, why: Pause) -> None:
+        if not self.paused and self.transport is not None and not self.closing:
+            self.transport.pause_reading()
+        self.paused |= why
+
+    def _resume(self, why: Pause) -> None:
+        if not self.paused:
+            return
+        self.paused &= ~why
+        if not self.paused and self.transport is not None and not self.closing:
+            self.transport.resume_reading()
+
+    # From event to reply
+
+    def _pump(self) -> None:
+        """Interprets what was read, until nothing is left or something has to be waited for."""
+        if self.pumping:
+            return
+        self.pumping = True
+        parser = self.parser
+        try:
+            while not self.busy and not self.stalled:
+                event = parser.next()
+                if event is None:
+                    break
+                self.since = 0.0
+                if type(event) is Line:
+                    answer = self._receive_early(event) if parser.unread else self.session.receive(event)
+                    if type(answer) is Reply and answer.plain and self.draft is None:
+                        # What _act does for nearly every command.
+                        self.out.append(answer.wire)
+                        if parser.stopped:
+                            parser.command()
+                    else:
+                        self._act(answer, event.verb)
+                elif type(event) is Body:
+                    self._write(event.chunk)
+                elif type(event) is BodyEnd:
+                    self._act(self._take_end(event), b".")
+        except FrameError as error:
+            self._act(self.session.lost(error), b"")
+        except Exception as error:
+            self._bug(error)
+        finally:
+            self.pumping = False
+        if self.out:
+            self._flush()
+        if self.paused and self.paused & Pause.UNREAD and parser.unread <= UNREAD_LIMIT:
+            self._resume(Pause.UNREAD)
+
+    def _receive_early(self, line: Line) -> Answer:
+        """The answer to a command behind which more was sent already."""
+        if line.verb == b"STARTTLS":
+            # Nothing of it may be executed, inside or outside TLS.
+            return SILENT_CLOSE
+        if self.service.early_refused and line.verb in EARLY:
+            return R554_EARLY_TALKER
+        return self.session.receive(line)
+
+    def _write(self, chunk: bytes) -> None:
+        draft = self.draft
+        if draft is None:
+            return
+        if not draft.write(chunk):
+            self._pause(Pause.DRAFT)
+        if self.head_open and self.parser.header_end >= 0:
+            self.head_open = False
+            draft.header_done()
+
+    def _drained(self) -> None:
+        self._resume(Pause.DRAFT)
+
+    def _take_end(self, end: BodyEnd) -> Answer:
+        draft = self.draft
+        if draft is None:
+            return self.session.take_end(end, b"")
+        answer = self.session.take_end(end, bytes(draft.head[: end.header_end]) if end.last else b"")
+        if type(answer) is Store:
+            content = NO_CONTENT
+            if end.bare or end.eight_bit or end.eight_bit_header or answer.envelope.body == "BINARYMIME":
+                content = Content(
+                    Content.BARE * end.bare
+                    | Content.EIGHT_BIT * end.eight_bit
+                    | Content.EIGHT_BIT_HEADER * end.eight_bit_header
+                    | Content.BINARY * (answer.envelope.body == "BINARYMIME")
+                )
+            message = Message(
+                answer.envelope, answer.prefix, None, end.size, end.header_end, content, self.service.terms.now()
+            )
+            self.draft = None
+            self.message = message
+            self.busy = True
+            self.service.keeper.append(message, draft, self._on_stored)
+        return answer
+
+    def _on_stored(self, result: Stored | Refused) -> None:
+        """The spool's answer; the connection may be gone by now, the message is kept all the same."""
+        self.busy = False
+        service = self.service
+        session = self.session
+        message = self.message
+        self.message = None
+        answer = session.resume(result)
+        if message is not None and type(result) is Stored:
+            envelope = message.envelope
+            service.shared.add(service.worker, ACCEPTED, 1)
+            service.log.write(
+                logs.ACCEPTED, envelope.id, envelope.client, str(envelope.reverse_path) or "<>",
+                tuple([str(recipient.address) for recipient in envelope.recipients]), message.size,
+            )  # fmt: skip
+        if self.transport is not None:
+            self._act(answer, b".")
+            self._pump()
+
+    def _act(self, answer: Answer, stage: bytes) -> None:
+        """Does what an answer says; `stage` is the verb that it answers, "." for end-of-data."""
+        while type(answer) is Ask:
+            verdict = self.service.policy.evaluate(answer)
+            if not isinstance(verdict, Verdict):
+                self.busy = True
+                self.service.run(self._await(verdict, stage))
+                return
+            answer = self.session.resume(verdict)
+        if type(answer) is Reply:
+            self.out.append(answer.wire)
+            if answer.code >= 400:
+                self._refused(answer, stage)
+            if answer.plain or answer.then is Then.CONTINUE:
+                if self.parser.stopped:
+                    self.parser.command()
+                if self.draft is not None and self.session.transaction is None:
+                    # A draft lives as long as its transaction.
+                    self.draft.abandon()
+                    self.draft = None
+                if self.service.draining and self.session.transaction is None:
+                    self._bye(R421_SHUTTING_DOWN, "shutdown")
+            elif answer.then is Then.DATA:
+                self._open_draft()
+                self.parser.data(self.session.terms.message_size)
+            elif answer.then is Then.TLS:
+                self.busy = True
+                self._flush()
+                self.service.run(self._handshake())
+            else:
+                self._close(answer, "quit" if stage == b"QUIT" else answer.text or "dropped")
+        elif type(answer) is Chunk:
+            if answer.keep and answer.first:
+                self._open_draft()
+            limit = self.session.terms.message_size if answer.keep else 0
+            self.parser.bdat(answer.size, answer.last, limit, answer.first)
+
+    def _open_draft(self) -> None:
+        transaction = self.session.transaction
+        assert transaction is not None
+        self.draft = self.service.keeper.draft(transaction.envelope.id, self._drained)
+        self.head_open = True
+
+    async def _await(self, verdict: Awaitable[Verdict], stage: bytes) -> None:
+        """Goes on when a policy that had to wait has decided."""
+        answer = self.session.resume(await verdict)
+        self.busy = False
+        if self.transport is not None and not self.closing:
+            self._act(answer, stage)
+            self._pump()
+
+    def _refused(self, reply: Reply, stage: bytes) -> None:
+        service = self.service
+        if stage == b"RCPT":
+            service.count(Counter.RECIPIENTS_REFUSED)
+        elif stage in (b".", b"DATA", b"BDAT"):
+            service.count(Counter.MESSAGES_REFUSED)
+        elif stage != b"MAIL":
+            service.count(Counter.COMMANDS_REJECTED)
+            return
+        session = self.session
+        transaction = session.transaction
+        reverse_path = transaction.envelope.reverse_path if transaction else session.subject
+        service.log.write(
+            logs.REFUSED, self.client.ip, "end-of-data" if stage == b"." else stage.decode(), reason(reply),
+            f"{reply.code} {reply.enhanced} {reply.text}", str(reverse_path) or "<>", str(session.subject),
+        )  # fmt: skip
+
+    def _flush(self) -> None:
+        out = self.out
+        if out and self.transport is not None:
+            self.transport.write(out[0] if len(out) == 1 else b"".join(out))
+        out.clear()
+
+    def _bug(self, error: Exception) -> None:
+        self.service.log.write(logs.BUG, "connection", repr(error), logs.trace(error))
+        if not self.closing:
+            self._bye(R421_BUG, "bug")
+
+    # The end
+
+    def _bye(self, reply: Reply, end: str) -> None:
+        """Ends the session with a reply of our own accord."""
+        reply = named(reply, self.service.terms.hostname)
+        self.out.append(reply.wire)
+        self._close(reply, end)
+
+    def _close(self, reply: Reply, end: str) -> None:
+        """Sends what is waiting and closes. A client that is in the middle of sending would lose a refusal to the
+        reset that answers its next octets: it is given some seconds to read it."""
+        self.end = end
+        self.closing = True
+        self.parser.discard()
+        self._flush()
+        transport = self.transport
+        if transport is None:
+            return
+        if reply.code >= 400 and reply is not SILENT_CLOSE and transport.can_write_eof():
+            if self.paused:
+                transport.resume_reading()
+            transport.write_eof()
+        else:
+            transport.close()
+
+    def drain(self) -> None:
+        """Ends the session now if no message is under way; else its last reply will."""
+        if not (self.busy or self.closing or self.parser.in_text) and self.session.transaction is None:
+            self._bye(R421_SHUTTING_DOWN, "shutdown")
+
+    def abort(self, end: str) -> None:
+        """Cuts the connection; what was not answered is not kept."""
+        self.end = end
+        self.closing = True
+        if self.transport is not None:
+            self.transport.abort()
+
+    def check(self, now: float) -> None:
+        """Ends what has timed out. `now` is monotonic, in seconds."""
+        times = self.service.times
+        if not self.since:
+            self.since = now
+        if self.closing:
+            if now - self.since > LINGER:
+                self.abort(self.end)
+        elif self.stalled:
+            if now - self.stalled > times.write:
+                self.abort("takes no replies")
+        elif self.busy:
+            return
+        elif self.parser.in_text:
+            self._check_body(now)
+        elif now - self.since > times.command:
+            self._bye(R421_TIMEOUT, "timeout")
+        elif now - self.opened > times.session and self.session.transaction is None:
+            self._bye(R421_SESSION_TOO_OLD, "session too old")
+        else:
+            self.body_since = self.too_big_since = 0.0
+
+    def _check_body(self, now: float) -> None:
+        times = self.service.times
+        if not self.body_since or self.paused:
+            self.body_since = now
+            self.marked = self.octets
+        if self.parser.too_big:
+            self.too_big_since = self.too_big_since or now
+            if now - self.too_big_since > times.oversize:
+                self.out.append(R552_TOO_BIG_CLOSING.wire)
+                self._close(R552_TOO_BIG_CLOSING, "message too big")
+                return
+        measured = now - self.body_since
+        slow = measured >= RATE_WINDOW and self.octets - self.marked < times.data_rate * measured
+        if slow or (now - self.since > times.data and not self.paused):
+            self._bye(R421_TIMEOUT, "timeout")
+        elif measured >= RATE_WINDOW:
+            self.body_since = now
+            self.marked = self.octets
+
+    # STARTTLS
+
+    async def _handshake(self) -> None:
+        """Puts TLS under the session. Until the new transport is set, octets are only stored: answered any earlier,
+        they would be answered in clear."""
+        service = self.service
+        transport = self.transport
+        if transport is None or service.context is None:
+            return
+        between = _Between()
+        try:
+            secured = await service.loop.start_tls(
+                transport, between, service.context, server_side=True, ssl_handshake_timeout=service.times.tls
+            )
+        except (OSError, ssl.SSLError, TimeoutError) as error:
+            service.count(Counter.TLS_FAILURES)
+            service.log.write(logs.TLS_FAILED, self.client.ip, self.client.port, service.name, str(error))
+            secured = None
+        if secured is None or between.lost:
+            transport.abort()
+            if self.transport is not None:
+                self.end = "TLS failed"
+                self.connection_lost(None)
+            return
+        self.transport = secured
+        secured.set_protocol(self)
+        self.client.tls = describe(secured.get_extra_info("ssl_object"))
+        self.client.helo = ""
+        service.count(Counter.TLS_HANDSHAKES)
+        self.paused = Pause.NONE
+        self.busy = False
+        self._begin(self.session)
+        if between.octets:
+            self.data_received(bytes(between.octets))
+
+
+class _Between(asyncio.Protocol):
+    """Stores what arrives between the end of a handshake and the moment the connection is told of it."""
+
+    def __init__(self) -> None:
+        self.octets = bytearray()
+        self.lost = False
+
+    def data_received(self, data: bytes) -> None:
+        self.octets += data
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.lost = True

@@ -1,0 +1,76 @@
+"""What a transport is: it takes deliveries and says, for each recipient, what became of it.
+
+The queue hands a transport as many deliveries at once as wait for it, so that one flush can serve them all. A
+transport knows neither queue nor spool. `deliver` never raises for what a disk or a peer does: that is an Outcome.
+"delivered" is said only when it is durable: file and name are on stable storage, or the next hop said 250.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import Enum
+from typing import Protocol
+
+from ..message import Message, Recipient
+
+
+class Result(Enum):
+    """The fate of one recipient in one attempt."""
+
+    DELIVERED = "delivered"
+    DEFERRED = "deferred"
+    FAILED = "failed"
+
+
+class Scope(Enum):
+    """What a failure is about, and so what else is worth trying."""
+
+    SESSION = "session"
+    HOST = "host"
+    MESSAGE = "message"
+    RECIPIENT = "recipient"
+
+
+class Outcome:
+    """One recipient's result. `status` is an enhanced status code (RFC 3463), `text` says why, on one line."""
+
+    __slots__ = ("result", "scope", "status", "text")
+
+    def __init__(self, result: Result, status: str, text: str, scope: Scope = Scope.RECIPIENT) -> None:
+        self.result = result
+        self.status = status
+        self.text = text
+        self.scope = scope
+
+
+DELIVERED = Outcome(Result.DELIVERED, "2.0.0", "delivered")
+
+
+class Delivery:
+    """One message for some of its recipients, all by one transport.
+
+    `numbers` are the recipients' places in the envelope: a retry of the same recipient has the same number.
+    """
+
+    __slots__ = ("message", "numbers", "recipients")
+
+    def __init__(self, message: Message, recipients: Sequence[Recipient], numbers: Sequence[int]) -> None:
+        self.message = message
+        self.recipients = recipients
+        self.numbers = numbers
+
+
+class Transport(Protocol):
+    """A way out. `any_octets`: it keeps every octet as it is, so BINARYMIME may be offered before it.
+    `needs_body`: whether `Message.parts` (or `file`) must be there when `deliver` is called."""
+
+    any_octets: bool
+    needs_body: bool
+
+    async def deliver(self, deliveries: Sequence[Delivery]) -> Sequence[Sequence[Outcome]]:
+        """For each delivery, the outcomes of its recipients in their order."""
+        ...
+
+    async def close(self) -> None:
+        """Ends threads and connections; deliveries under way are finished first."""
+        ...

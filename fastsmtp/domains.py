@@ -1,0 +1,74 @@
+"""The served domains: which recipients are ours, and by which transport their mail leaves.
+
+In: rows of the configuration. Out: the row for an address, by its domain: an exact name wins over `*.parent`, the
+nearest parent over a farther one, those over `*`. Postmaster is a recipient of every served domain, and without a
+domain of the server itself (RFC 5321 4.5.1); both go to the configured postmaster where there is one.
+Not here: who may send (policy), delivering (transports).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from .address import Address
+
+
+class Domain:
+    """A row. `recipients` are keys as in `Address.mailbox` before the "@", None for any; `case_sensitive`: local-parts
+    that differ in case only are different mailboxes."""
+
+    __slots__ = ("case_sensitive", "name", "recipients", "transport")
+
+    def __init__(
+        self, name: str, transport: str, recipients: Iterable[str] | None = None, case_sensitive: bool = False
+    ) -> None:
+        self.name = name
+        self.transport = transport
+        self.case_sensitive = case_sensitive
+        self.recipients = None if recipients is None else frozenset(self.key(Address(r, "")) for r in recipients)
+
+    def key(self, address: Address) -> str:
+        """The local-part as it is compared in this domain."""
+        return address.local if self.case_sensitive else address.mailbox.rpartition("@")[0]
+
+
+class Domains:
+    """`hostname` and `postmaster` say where mail for a bare postmaster goes."""
+
+    __slots__ = ("_rows", "_wildcards", "hostname", "postmaster")
+
+    def __init__(self, rows: Iterable[Domain], hostname: str, postmaster: Address | None = None) -> None:
+        self._rows = {row.name: row for row in rows}
+        self._wildcards = any(name.startswith("*.") for name in self._rows)
+        self.hostname = hostname
+        self.postmaster = postmaster
+
+    def find(self, domain: str) -> Domain | None:
+        """The row that serves a domain (lower-case A-labels), None when it is not ours."""
+        rows = self._rows
+        row = rows.get(domain)
+        if row is not None:
+            return row
+        parent = domain
+        while self._wildcards and "." in parent:
+            parent = parent.partition(".")[2]
+            row = rows.get(f"*.{parent}")
+            if row is not None:
+                return row
+        return rows.get("*")
+
+    def resolve(self, address: Address) -> Address | None:
+        """The mailbox that a recipient stands for, itself as a rule; None when it is unknown in its domain.
+
+        The domain must be served: `find` says so. A mailbox of a case-sensitive domain carries its own key.
+        """
+        if address.local.lower() == "postmaster":
+            if self.postmaster is not None:
+                return self.postmaster
+            if not address.domain:
+                return Address("postmaster", self.hostname)
+            return address
+        row = self.find(address.domain)
+        if row is None or (row.recipients is not None and row.key(address) not in row.recipients):
+            return None
+        return Address(address.local, address.domain, f"{address}") if row.case_sensitive else address

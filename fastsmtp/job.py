@@ -1,0 +1,102 @@
+"""The words between connection, spool and queue.
+
+A connection writes a body into a `Draft` and gives it to its `Keeper`; once kept, the message is a `Job` of the
+queue's `Backlog`, and for each recipient the queue hands back a `Mark`: finished, or later. Both faces belong to
+one object, a Spool or a MemorySpool. Only values and interfaces here; nothing decides, waits or does I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from .message import Message
+from .verdict import Refused, Stored
+
+JOB_OCTETS = 2048  # what a job takes in memory beside its body: message, envelope, one recipient (measured 1.8 KB)
+
+
+class Draft(Protocol):
+    """A body that is being received."""
+
+    id: str
+    size: int
+
+    @property
+    def head(self) -> bytes | bytearray:
+        """The body's first octets: at least up to `header_done`, or 256 KB of them."""
+        ...
+
+    def write(self, chunk: bytes) -> bool:
+        """Takes octets. False: read no more until `drained` was called."""
+        ...
+
+    def header_done(self) -> None:
+        """The header has been written as a whole: what follows need not be in `head`."""
+        ...
+
+    def abandon(self) -> None:
+        """The message will not come. Nothing happens when it was appended."""
+        ...
+
+
+class Job:
+    """A kept message that is not finished.
+
+    `pending` are the numbers of the unfinished recipients (their places in the envelope); the keeper takes them
+    out as `finish` is told. `due` (seconds since the epoch), `attempts` and `reasons` are of the last attempt, for
+    recipients that have had one. `held` is what the keeper has counted for it, in octets.
+    """
+
+    __slots__ = ("attempts", "checked", "due", "held", "key", "message", "pending", "reasons")
+
+    def __init__(self, key: int, message: Message, pending: list[int], checked: bool) -> None:
+        self.key = key
+        self.message = message
+        self.pending = pending
+        self.checked = checked  # the body's file is known to be whole
+        self.due: dict[int, float] = {}
+        self.attempts: dict[int, int] = {}
+        self.reasons: dict[int, str] = {}
+        self.held = 0
+
+
+class Mark:
+    """What became of one recipient of a job: `due` None is finished, else when to try again (epoch seconds)."""
+
+    __slots__ = ("attempts", "due", "key", "number", "reason")
+
+    def __init__(self, key: int, number: int, due: float | None = None, attempts: int = 0, reason: str = "") -> None:
+        self.key = key
+        self.number = number
+        self.due = due
+        self.attempts = attempts
+        self.reason = reason
+
+
+class Keeper(Protocol):
+    """What a connection needs."""
+
+    def next_id(self) -> str: ...
+    def room(self, size: int = 0) -> bool: ...
+    def draft(self, message_id: str, drained: Callable[[], None]) -> Draft: ...
+    def append(self, message: Message, draft: Draft, answer: Callable[[Stored | Refused], None]) -> None: ...
+
+
+class Backlog(Protocol):
+    """What the queue needs."""
+
+    on_stored: Callable[[list[Job]], None]
+
+    @property
+    def backlog(self) -> int: ...
+    @property
+    def healthy(self) -> bool: ...
+    @property
+    def over_budget(self) -> bool: ...
+    def finish(self, marks: Sequence[Mark]) -> None: ...
+    async def claim(self, now: float, n: int) -> list[Job]: ...
+    def next_due(self) -> float | None: ...
+    async def read(self, job: Job) -> bool: ...
+    def drop(self, job: Job) -> None: ...
+    def release(self, job: Job) -> None: ...

@@ -1,0 +1,39 @@
+"""What a server counts: the one table of its counters, with their names and help texts.
+
+A counter's number is its index in the workers' shared memory (`_shared.Shared`), its name in lower case is
+the metric's name. Counters only ever grow, from the start of the supervisor on; they outlive a worker.
+Counting is `shared.add(worker, Counter.X, n)`. How they are shown is not decided here.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Counter(IntEnum):
+    """A row of the table; `help` says what one unit of it is."""
+
+    help: str
+
+    def __new__(cls, help_text: str) -> Counter:
+        row = int.__new__(cls, len(cls.__members__))
+        row._value_ = len(cls.__members__)
+        row.help = help_text
+        return row
+
+    SESSIONS = "Connections that were given a session"
+    SESSIONS_REFUSED = "Connections turned away before a session began"
+    TLS_HANDSHAKES = "TLS handshakes completed"
+    TLS_FAILURES = "TLS handshakes that failed"
+    OCTETS_RECEIVED = "Octets read from clients, inside TLS"
+    COMMANDS_REJECTED = "Commands answered 500 to 504 or 555: unknown, malformed or out of order"
+    RECIPIENTS_ACCEPTED = "RCPT commands answered 250"
+    RECIPIENTS_REFUSED = "RCPT commands refused for now or for good"
+    MESSAGES_ACCEPTED = "Messages kept and answered 250"
+    MESSAGES_REFUSED = "Messages refused at or after DATA or BDAT"
+    RECIPIENTS_DELIVERED = "Recipients delivered to"
+    RECIPIENTS_DEFERRED = "Attempts to deliver to a recipient that will be repeated"
+    RECIPIENTS_FAILED = "Recipients given up"
+    COMMITS = "Commits of the spool that were flushed"
+    COMMITS_FAILED = "Commits of the spool that failed"
+    LOG_LINES_DROPPED = "Log lines dropped because the log was not read fast enough"

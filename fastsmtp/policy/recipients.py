@@ -1,0 +1,34 @@
+"""Who is a recipient here: the domain must be served, the mailbox known in it (RFC 5321 3.6.2, 4.5.1).
+
+In: RCPT's address. Out: 550 5.7.1 for a domain that is not ours, whatever form the address has: percent and bang
+forms are plain local-parts, and source routes are gone before; 550 5.1.1 for an unknown mailbox of ours; else the
+mailbox that the address stands for. Postmaster is always accepted.
+"""
+
+from __future__ import annotations
+
+from ..domains import Domains
+from ..reply import R550_RELAYING_DENIED, R550_UNKNOWN_MAILBOX
+from ..verdict import Ask, Stage, Verdict
+
+RELAYING_DENIED = Verdict("relaying-denied", R550_RELAYING_DENIED)
+UNKNOWN_MAILBOX = Verdict("unknown-mailbox", R550_UNKNOWN_MAILBOX)
+KNOWN_MAILBOX = Verdict("known-mailbox")
+
+
+class Recipients:
+    """The check at RCPT."""
+
+    stage = Stage.RCPT
+
+    def __init__(self, domains: Domains) -> None:
+        self._domains = domains
+
+    def __call__(self, ask: Ask) -> Verdict:
+        address = ask.recipient
+        if address.domain and self._domains.find(address.domain) is None:
+            return RELAYING_DENIED
+        mailbox = self._domains.resolve(address)
+        if mailbox is None:
+            return UNKNOWN_MAILBOX
+        return KNOWN_MAILBOX if mailbox is address else Verdict("known-mailbox", recipient=mailbox)

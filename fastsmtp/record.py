@@ -1,0 +1,117 @@
+"""How a message is written down: the envelope as text, a row of the spool's table, and a Job made from one.
+
+The envelope is lines: a format number, nine values in fixed order, then three for each recipient; the number is
+raised when a line is added. No value can hold a line end (all of them came on lines); one that does is refused
+with ValueError, before anything is written. Octets that are not UTF-8 survive. No SQL and no I/O here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TypeAlias
+
+from .address import Address
+from .ids import is_id
+from .job import JOB_OCTETS, Job
+from .message import Content, Envelope, Message, Recipient
+
+ENVELOPE_FORMAT = "1"
+
+# key, id, arrived, envelope, prefix, cuts, content, header_end, size, crc, body (None: in a file)
+Row: TypeAlias = tuple[int, str, float, bytes, bytes, str, int, int, int, int, bytes | None]
+# as Row up to size, octets in hexadecimal, then whether it is in a file, and the pending recipients:
+# number, due (ms), attempts, reason
+Loaded: TypeAlias = tuple[int, str, float, str, str, str, int, int, int, int, list[tuple[int, int | None, int, str]]]
+
+
+def render_envelope(envelope: Envelope) -> bytes:
+    """The envelope without its id. Raises ValueError."""
+    if not envelope.recipients:
+        raise ValueError("the envelope has no recipient")
+    path = envelope.reverse_path
+    lines = [
+        ENVELOPE_FORMAT,
+        f"{path.local}@{path.domain}",
+        envelope.body,
+        "utf8" if envelope.utf8 else "",
+        str(envelope.size),
+        envelope.ret,
+        envelope.envid,
+        envelope.client,
+        envelope.helo,
+        envelope.protocol,
+    ]
+    for recipient in envelope.recipients:
+        address = recipient.address
+        lines += (f"{address.local}@{address.domain}", recipient.notify, recipient.orcpt)
+    text = "\n".join(lines)
+    if text.count("\n") != len(lines) - 1:
+        raise ValueError("a value of the envelope holds a line end")
+    return text.encode("utf-8", "surrogateescape")
+
+
+def parse_envelope(raw: bytes, message_id: str) -> Envelope:
+    """Raises ValueError for what render_envelope cannot have written."""
+    version, *lines = raw.decode("utf-8", "surrogateescape").split("\n")
+    if version != ENVELOPE_FORMAT:
+        raise ValueError(f"unknown envelope format {version!r}")
+    path, body, utf8, size, ret, envid, client, helo, protocol, *recipients = lines
+    envelope = Envelope(_address(path))
+    envelope.id = message_id
+    envelope.body = body
+    envelope.utf8 = bool(utf8)
+    envelope.size = int(size)
+    envelope.ret = ret
+    envelope.envid = envid
+    envelope.client = client
+    envelope.helo = helo
+    envelope.protocol = protocol
+    envelope.recipients = [
+        Recipient(_address(address), notify, orcpt)
+        for address, notify, orcpt in zip(recipients[::3], recipients[1::3], recipients[2::3], strict=True)
+    ]
+    return envelope
+
+
+def render_row(key: int, message: Message, crc: int, body: bytes | None) -> Row:
+    """The row of a message whose body is `body`, or in a file."""
+    cuts = ",".join(f"{start}-{end}" for start, end in message.cuts) if message.cuts else ""
+    return (
+        key, message.id, message.arrived, render_envelope(message.envelope), message.prefix, cuts,
+        int(message.content), message.header_end, message.size, crc, body,
+    )  # fmt: skip
+
+
+def parse_job(row: Loaded, bodies: Path) -> Job:
+    """The Job of a row; its body is in a file below `bodies`, or not in memory. Raises ValueError."""
+    key, message_id, arrived, envelope, prefix, cuts, content, header_end, size, in_file, pending = row
+    if not is_id(message_id):  # the name of a file may come from it
+        raise ValueError("its id is damaged")
+    message = Message(
+        parse_envelope(bytes.fromhex(envelope), message_id),
+        bytes.fromhex(prefix),
+        None,
+        size,
+        header_end,
+        Content(content),
+        arrived,
+        str(bodies / message_id) if in_file else "",
+        tuple((int(start), int(end)) for start, _, end in (cut.partition("-") for cut in cuts.split(",")))
+        if cuts
+        else (),
+    )
+    job = Job(key, message, [number for number, *_ in pending], checked=False)
+    if job.pending and not 0 <= job.pending[-1] < len(message.envelope.recipients):
+        raise ValueError("a recipient is not in the envelope")
+    for number, due, attempts, reason in pending:
+        if due is not None:
+            job.due[number] = due / 1000
+            job.attempts[number] = attempts
+            job.reasons[number] = reason
+    job.held = JOB_OCTETS
+    return job
+
+
+def _address(text: str) -> Address:
+    local, _, domain = text.rpartition("@")
+    return Address(local, domain)

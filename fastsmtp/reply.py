@@ -1,0 +1,169 @@
+"""Every reply that the server can send, by code and meaning, rendered to bytes once.
+
+A constant's name is its code and what it says. `then` is what its sending brings about: the bytes that follow a
+command mean what our answer to it makes of them. Texts are fixed: nothing that a peer or an exception said is ever
+put into a reply, except through `Reply` values that a policy makes from its own configuration.
+RFC 5321 4.2, RFC 3463 (enhanced status codes), RFC 2034 (where they are shown).
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+
+class Then(Enum):
+    """What follows a reply."""
+
+    CONTINUE = "commands"
+    DATA = "the message"
+    TLS = "the handshake"
+    CLOSE = "the end"
+
+
+class Reply:
+    """A reply. `text` has a line for each "\\n"-separated piece, printable ASCII.
+
+    `enhanced` is empty where RFC 2034 allows none (greeting, EHLO, 354). `wire` is what is sent. `plain`: it refuses
+    nothing and commands follow. Raises ValueError for a text that does not fit on the wire.
+    """
+
+    __slots__ = ("code", "enhanced", "plain", "text", "then", "wire")
+
+    def __init__(self, code: int, enhanced: str, text: str, then: Then = Then.CONTINUE) -> None:
+        self.code = code
+        self.enhanced = enhanced
+        self.text = text
+        self.then = then
+        self.plain = code < 400 and then is Then.CONTINUE
+        self.wire = self._render()
+
+    def _render(self) -> bytes:
+        lines = self.text.split("\n")
+        status = f"{self.enhanced} " if self.enhanced else ""
+        out = []
+        for number, line in enumerate(lines, 1):
+            if not (line.isascii() and line.isprintable()):
+                raise ValueError(f"not printable ASCII: {line!r}")
+            separator = " " if number == len(lines) else "-"
+            rendered = f"{self.code}{separator}{status}{line}\r\n"
+            if len(rendered) > 512:  # RFC 5321 4.5.3.1.5
+                raise ValueError(f"reply line of {len(rendered)} octets, 512 allowed")
+            out.append(rendered)
+        return "".join(out).encode("ascii")
+
+    def __repr__(self) -> str:
+        return f"Reply({self.wire!r})"
+
+
+def queued(message_id: str) -> Reply:
+    """250 for a message that is kept. The id is of our own making: nothing to check, nothing to fold."""
+    reply = object.__new__(Reply)
+    reply.code, reply.enhanced, reply.text, reply.then = (
+        250,
+        "2.0.0",
+        f"Queued as {message_id}",
+        Then.CONTINUE,
+    )
+    reply.plain = True
+    reply.wire = f"250 2.0.0 Queued as {message_id}\r\n".encode()
+    return reply
+
+
+def joined(replies: list[Reply]) -> Reply:
+    """One answer of several replies, as LMTP has them at end-of-data (RFC 2033 4.2); it counts as its last."""
+    last = replies[-1]
+    reply = object.__new__(Reply)
+    reply.code, reply.enhanced, reply.text, reply.then = last.code, last.enhanced, last.text, last.then
+    reply.plain = last.plain
+    reply.wire = b"".join([each.wire for each in replies])
+    return reply
+
+
+def named(reply: Reply, hostname: str) -> Reply:
+    """The same reply with our host name in front of its text, as 220, 221 and 421 have it (RFC 5321 4.2.3)."""
+    return Reply(reply.code, reply.enhanced, f"{hostname} {reply.text}", reply.then)
+
+
+# The connection is closed without a word: the peer speaks another protocol, or must not learn what it cannot know.
+SILENT_CLOSE = Reply(421, "", "", Then.CLOSE)
+SILENT_CLOSE.wire = b""
+
+R214_HELP = Reply(
+    214,
+    "2.0.0",
+    "Commands: EHLO HELO LHLO MAIL RCPT DATA BDAT RSET NOOP QUIT VRFY HELP STARTTLS\n"
+    "See RFC 5321, RFC 3030 (BDAT), RFC 3207 (STARTTLS), RFC 2033 (LHLO)",
+)
+R220_READY_FOR_TLS = Reply(220, "2.0.0", "Ready to start TLS", Then.TLS)
+R221_BYE = Reply(221, "2.0.0", "Bye", Then.CLOSE)
+R250_OK = Reply(250, "2.0.0", "OK")
+R250_SENDER_OK = Reply(250, "2.1.0", "Sender OK")
+R250_RECIPIENT_OK = Reply(250, "2.1.5", "Recipient OK")
+R250_CHUNK_OK = Reply(250, "2.0.0", "Chunk received")
+R252_CANNOT_VRFY = Reply(252, "2.5.0", "Cannot VRFY, but will take the mail and try to deliver it")
+R252_CANNOT_EXPN = Reply(252, "2.5.0", "Cannot EXPN")
+R354_GO_AHEAD = Reply(354, "", "End data with <CRLF>.<CRLF>", Then.DATA)
+
+R421_TOO_MANY_ERRORS = Reply(421, "4.7.0", "Too many bad commands, closing", Then.CLOSE)
+R421_TOO_MANY_USELESS = Reply(421, "4.7.0", "Too many commands without mail, closing", Then.CLOSE)
+R421_TOO_MANY_SESSIONS = Reply(421, "4.3.2", "Too many sessions, try again later", Then.CLOSE)
+R421_TIMEOUT = Reply(421, "4.4.2", "Timed out, closing", Then.CLOSE)
+R421_SHUTTING_DOWN = Reply(421, "4.3.2", "Shutting down, try again later", Then.CLOSE)
+R421_SESSION_TOO_OLD = Reply(421, "4.4.2", "Session too old, connect again", Then.CLOSE)
+R421_NOT_TAKING_MAIL = Reply(421, "4.3.0", "The mail store does not work, try again later", Then.CLOSE)
+R421_BUG = Reply(421, "4.3.0", "Internal error, try again later", Then.CLOSE)
+
+R451_LOCAL_ERROR = Reply(451, "4.3.0", "The message could not be kept, try again later")
+R451_CHECK_FAILED = Reply(451, "4.3.0", "A check failed, try again later")
+R452_NO_ROOM = Reply(452, "4.3.1", "No room for mail now, try again later")
+R452_TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients, send the rest in another transaction")
+R454_NO_TLS = Reply(454, "4.7.0", "TLS is not available")
+
+R500_SYNTAX = Reply(500, "5.5.2", "Command not recognized")
+R500_LINE_TOO_LONG = Reply(500, "5.5.2", "Command line too long")
+R500_LINE_TOO_LONG_CLOSING = Reply(500, "5.5.2", "Command line too long, closing", Then.CLOSE)
+R500_BARE_LF = Reply(500, "5.5.2", "Lines must end in CRLF, not in LF alone, closing", Then.CLOSE)
+R500_CONTROL_CHARACTER = Reply(500, "5.5.2", "Command holds a control character")
+R500_USE_LHLO = Reply(500, "5.5.1", "This is LMTP, use LHLO")
+R500_NOT_LMTP = Reply(500, "5.5.1", "This is not LMTP, use EHLO")
+R501_ARGUMENT_NEEDED = Reply(501, "5.5.4", "An argument is needed")
+R501_NO_ARGUMENT = Reply(501, "5.5.4", "No argument is allowed")
+R501_BAD_SENDER = Reply(501, "5.1.7", "Bad sender address syntax")
+R501_BAD_RECIPIENT = Reply(501, "5.1.3", "Bad recipient address syntax")
+R501_BAD_PARAMETER = Reply(501, "5.5.4", "Bad, repeated or over-long parameter value")
+R501_BAD_BDAT = Reply(501, "5.5.4", "BDAT takes a size and an optional LAST, closing", Then.CLOSE)
+R502_NOT_IMPLEMENTED = Reply(502, "5.5.1", "Command not implemented")
+R503_HELO_FIRST = Reply(503, "5.5.1", "Say EHLO or HELO first")
+R503_NESTED_MAIL = Reply(503, "5.5.1", "A transaction is under way")
+R503_MAIL_FIRST = Reply(503, "5.5.1", "Say MAIL first")
+R503_RCPT_FIRST = Reply(503, "5.5.1", "Say RCPT first")
+R503_BDAT_UNDER_WAY = Reply(503, "5.5.1", "BDAT was used, DATA cannot be mixed with it")
+R503_BINARYMIME_NEEDS_BDAT = Reply(503, "5.5.1", "BODY=BINARYMIME needs BDAT")
+R503_RCPT_AFTER_BDAT = Reply(503, "5.5.1", "The message has begun, no more recipients")
+R503_IN_TLS = Reply(503, "5.5.1", "TLS is in use already")
+R503_REFUSED = Reply(503, "5.5.1", "You were refused, only QUIT is left")
+R530_AUTH_NEEDED = Reply(530, "5.7.0", "Authentication required")
+R550_UNKNOWN_MAILBOX = Reply(550, "5.1.1", "No such mailbox here")
+R550_RELAYING_DENIED = Reply(550, "5.7.1", "Relaying denied")
+R550_BARE_LINE_END = Reply(550, "5.5.2", "Message holds a bare CR or LF; lines must end in CRLF")
+R550_LINE_TOO_LONG = Reply(550, "5.6.0", "Message holds a line that is too long")
+R552_TOO_BIG = Reply(552, "5.3.4", "Message is over the size limit")
+R552_TOO_BIG_CLOSING = Reply(552, "5.3.4", "Message is far over the size limit, closing", Then.CLOSE)
+R552_HEADER_TOO_BIG = Reply(552, "5.3.4", "Message header is too big")
+R553_NEEDS_SMTPUTF8 = Reply(553, "5.6.7", "A non-ASCII address needs SMTPUTF8")
+R554_NO_VALID_RECIPIENTS = Reply(554, "5.5.1", "No valid recipients")
+R554_EARLY_TALKER = Reply(554, "5.5.0", "You spoke before you were answered, closing", Then.CLOSE)
+R554_LOOP = Reply(554, "5.4.6", "Mail loop: the message has been here or passed too many hosts")
+R554_REFUSED = Reply(554, "5.7.1", "No SMTP service for you here")
+R555_UNKNOWN_PARAMETER = Reply(555, "5.5.4", "Parameter not recognized")
+
+_REASONS = {
+    (value.code, value.text): name[5:].lower().replace("_", "-")
+    for name, value in globals().items()
+    if name[:2] in ("R2", "R3", "R4", "R5")
+}
+
+
+def reason(reply: Reply) -> str:
+    """What a reply says, as one word for log and metrics: the name of its constant; "policy" when it is none."""
+    return _REASONS.get((reply.code, reply.text), "policy")

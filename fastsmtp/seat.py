@@ -1,0 +1,31 @@
+"""What the supervisor hands to a worker when it forks it: a value, without behaviour.
+
+Everything in it was made before the fork and is the worker's to use; it closes what it has done with. The
+descriptors of other workers are not in it: the child closed them.
+"""
+
+from __future__ import annotations
+
+import socket
+import ssl
+from dataclasses import dataclass
+
+from ._shared import Shared
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """One worker's place.
+
+    `sockets`: the listening sockets, each with its listener's index in `config.listener`. `contexts`: the TLS
+    context of each listener that has one, by the same index. `alive`: reading end of a pipe; at EOF the
+    supervisor is gone. `ready`: writing end of a pipe; the worker writes one byte once it accepts.
+    """
+
+    index: int
+    workers: int
+    sockets: list[tuple[int, socket.socket]]
+    contexts: dict[int, ssl.SSLContext]
+    shared: Shared
+    alive: int
+    ready: int

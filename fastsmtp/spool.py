@@ -1,0 +1,349 @@
+"""The durable store of accepted mail: what connections and the queue see of it.
+
+In: messages with their drafts, and the marks of the queue. Out: STORED or Refused for each message, once the
+commit that holds it is on the disk, and jobs. At start it takes the lock, sets aside what it finds damaged and
+removes what nobody was told of; a spool that another worker left behind is opened in the same way. A damaged
+message is never delivered, in part or whole, and never deleted. One object has a directory for itself:
+    spool.db (-wal, -shm)   the database        body/ID   bodies that are too large for it
+    lock                    held while open     ballast   given up when the disk is full
+Not here: the commit and what its failure means (commit.py), SQL (store.py), body files (bodies.py), what is claimed
+next (claims.py), how much may be taken (room.py).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import time
+from asyncio import AbstractEventLoop, Future
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from zlib import crc32
+
+import apsw
+
+from ._files import make_dirs
+from .bodies import Bodies, FileDraft, check_length, read_crc, remove_orphans
+from .claims import RETRY_SECONDS, Claims
+from .commit import Entry, GroupCommit, refusal
+from .ids import Ids, is_id, key_of
+from .job import Draft, Job, Mark
+from .log import SET_ASIDE, SPOOL_OPENED, Log
+from .message import Message
+from .record import render_row
+from .room import Room
+from .store import Reader, SpoolError, SpoolLockedError, Store
+from .thread import OneThread
+from .trouble import Trouble
+from .verdict import Refused, Stored
+
+__all__ = ["Draft", "Job", "Mark", "Spool", "SpoolError", "SpoolLockedError"]
+
+
+class Spool:
+    """A Keeper and a Backlog (see job.py) on the disk; one object has `directory` for itself.
+
+    `inline`: greatest body, in octets, that is kept in the database. `min_free`: octets of its file system that are
+    left alone. `memory`: octets for bodies in flight and waiting jobs. Used on the loop's thread only.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        worker: int,
+        *,
+        loop: AbstractEventLoop,
+        log: Log,
+        inline: int,
+        min_free: int,
+        memory: int,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.on_stored: Callable[[list[Job]], None] = lambda _: None
+        self._directory = directory
+        self._worker = worker
+        self._loop = loop
+        self._log = log
+        self._inline = inline
+        self._wall = wall
+        self._trouble = Trouble(log, str(directory), monotonic)
+        self._room = Room(directory, min_free, memory, monotonic)
+        self._store = Store(directory / "spool.db")
+        self._lock = -1
+        self._closing = False
+        self._sealing = 0  # messages whose files are being flushed
+        self._sealed_all: Future[None] | None = None
+        # Made by `open`, after the fork
+        self._writer: OneThread
+        self._files: OneThread
+        self._bodies: Bodies
+        self._reader: Reader
+        self._claims: Claims
+        self._commit: GroupCommit
+        self._ids: Ids
+
+    # --- start and end ---
+
+    def open(self) -> None:
+        """Takes the lock, opens or creates, recovers. Raises SpoolError with one line, SpoolLockedError."""
+        bodies = self._directory / "body"
+        try:
+            make_dirs(bodies)
+            self._take_lock()
+        except OSError as error:
+            raise SpoolError(f"{error.filename or self._directory}: {error.strerror}") from error
+        try:
+            self._open_store()
+            self._recover_bodies(bodies)
+            self._reader = Reader(self._store.path)
+            self._reader.open()
+            self._ids = Ids(self._worker, self._store.newest(), self._wall)
+            backlog, broken = self._store.count()
+        except (OSError, apsw.Error) as error:
+            self._release_lock()
+            raise SpoolError(f"{self._directory}: {error}") from error
+        except SpoolError:
+            self._release_lock()
+            raise
+        self._room.ballast.make()
+        self._writer = OneThread(self._loop, "spool-writer")
+        self._files = OneThread(self._loop, "spool-files")
+        self._bodies = Bodies(bodies, self._inline, self._room, self._files)
+        self._claims = Claims(self._reader, self._files, bodies, self._set_aside)
+        self._commit = GroupCommit(
+            self._loop, self._store, self._reader, self._writer, self._files, self._room, self._claims,
+            self._trouble, lambda jobs: self.on_stored(jobs), backlog, broken,
+        )  # fmt: skip
+        self._log.write(SPOOL_OPENED, str(self._directory), backlog)
+
+    async def close(self) -> None:
+        """Commits what waits, empties the log into the database, closes, gives the lock back."""
+        self._closing = True
+        if self._sealing:
+            self._sealed_all = self._loop.create_future()
+            await self._sealed_all
+        await self._commit.close()
+        try:
+            await self._files.call(self._reader.close)
+            await self._writer.call(self._store.close)
+        except apsw.Error as error:
+            self._trouble.warn("close", str(error))
+        await self._writer.close()
+        await self._files.close()
+        self._release_lock()
+
+    def _open_store(self) -> None:
+        try:
+            self._store.open(self._wall())
+        except SpoolError as error:
+            if not isinstance(error.__cause__, apsw.Error):
+                raise
+            self._room.ballast.give_up()  # a full disk has many faces: once more with some room
+            self._store.open(self._wall())
+
+    def _take_lock(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self._lock = os.open(self._directory / "lock", flags, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._release_lock()
+            raise SpoolLockedError(f"{self._directory}: another process has this spool") from None
+
+    def _release_lock(self) -> None:
+        lock, self._lock = self._lock, -1
+        os.close(lock)
+
+    def _recover_bodies(self, bodies: Path) -> None:
+        """Sets messages aside whose files are not as they were kept; removes files that nobody was told of."""
+        known: set[str] = set()
+        aside: list[tuple[int, str, float]] = []
+        for key, message_id, size, was_aside in self._store.in_files():
+            known.add(message_id)
+            if was_aside:
+                continue
+            path = bodies / message_id
+            why = check_length(path, size) if is_id(message_id) else "its id is damaged"
+            if why:
+                aside.append((key, why, self._wall()))
+                self._log.write(SET_ASIDE, message_id, why, str(path))
+        self._store.set_aside(aside)
+        _, strange = remove_orphans(bodies, known)
+        if strange:
+            self._trouble.warn("body", f"{strange} entries are not of the spool; left alone")
+
+    # --- for connections ---
+
+    def next_id(self) -> str:
+        """An id for a new message."""
+        return self._ids.next()
+
+    def room(self, size: int = 0) -> bool:
+        """Whether a message of `size` octets may be taken now; False is 452 4.3.1 at MAIL."""
+        return self._commit.healthy and not self._closing and self._room.fits(size, self._files)
+
+    def draft(self, message_id: str, drained: Callable[[], None]) -> FileDraft:
+        """Where the body of message `message_id` goes; `drained` is called when `write` may go on."""
+        return FileDraft(message_id, self._bodies, drained)
+
+    def append(self, message: Message, draft: Draft, answer: Callable[[Stored | Refused], None]) -> None:
+        """Keeps a message whose id is the draft's. `answer` is called once: after the commit, or at once when
+        the message is refused without one. Raises ValueError for an envelope that cannot be written down."""
+        if not isinstance(draft, FileDraft):
+            raise TypeError(f"a draft of another keeper: {draft!r}")
+        body = draft.take()
+        if body is None:
+            message.parts = None
+            message.file = str(draft.file().path)
+            self._sealing += 1
+            draft.seal(partial(self._sealed, message, draft, answer))
+            return
+        message.parts = [body]
+        self._enter(message, draft, crc32(body), body, answer)
+
+    def _sealed(
+        self,
+        message: Message,
+        draft: FileDraft,
+        answer: Callable[[Stored | Refused], None],
+        error: Exception | None,
+    ) -> None:
+        """The file is durable, or failed."""
+        self._sealing -= 1
+        if error is None:
+            self._enter(message, draft, draft.file().crc, None, answer)
+        else:
+            self._room.look_again()
+            self._trouble.warn("body", str(error))
+            draft.discard()
+            answer(refusal(self._store.is_full(error)))
+        if self._sealed_all is not None and not self._sealing:
+            self._sealed_all.set_result(None)
+
+    def _enter(
+        self,
+        message: Message,
+        draft: FileDraft,
+        crc: int,
+        body: bytes | None,
+        answer: Callable[[Stored | Refused], None],
+    ) -> None:
+        """Puts a message whose body is in memory or durable into the next batch."""
+        key = key_of(message.id)
+        try:
+            row = render_row(key, message, crc, body)
+        except ValueError:
+            draft.discard()
+            raise
+        job = Job(key, message, list(range(len(message.envelope.recipients))), checked=True)
+        self._commit.enter(Entry(row, job, draft, answer))
+
+    # --- for the queue ---
+
+    @property
+    def healthy(self) -> bool:
+        """Whether marks can be committed. While they cannot, no delivery may begin."""
+        return self._commit.healthy
+
+    @property
+    def backlog(self) -> int:
+        """Messages that are not finished."""
+        return self._commit.backlog
+
+    @property
+    def broken(self) -> int:
+        """Messages that were set aside, in this run and before."""
+        return self._commit.broken
+
+    @property
+    def commits(self) -> tuple[int, int]:
+        """Commits that were flushed, and those that failed."""
+        return self._commit.commits, self._commit.commits_failed
+
+    @property
+    def over_budget(self) -> bool:
+        """Whether bodies of waiting jobs should be dropped: before new mail is refused for them."""
+        room = self._room
+        return 4 * (room.drafts + room.jobs) > 3 * room.limit
+
+    def next_due(self) -> float | None:
+        """When to claim again (epoch seconds; past: now); None: not before something is deferred or released."""
+        return self._claims.next_due()
+
+    def finish(self, marks: Sequence[Mark]) -> None:
+        """Takes what became of recipients of held jobs; durable with the next commit. Finished recipients
+        leave `Job.pending` at once; a job without any is over and need not be released."""
+        held = self._claims.held
+        for mark in marks:
+            self._commit.finish(held[mark.key], mark)
+
+    async def claim(self, now: float, n: int) -> list[Job]:
+        """Jobs that are due, and mail that was never tried and is not in memory: up to `n`, or some more."""
+        if not self._commit.healthy or self._closing:
+            return []
+        jobs = await self._claims.claim(now, n)
+        for job in jobs:
+            self._room.jobs += job.held
+        return jobs
+
+    async def read(self, job: Job) -> bool:
+        """Brings the body back: into `parts`, or checks its file. False: the job is no longer the queue's,
+        its message is damaged and was set aside, or cannot be read now and will be claimed again later."""
+        message = job.message
+        try:
+            if message.parts is not None or (message.file and job.checked):
+                return True
+            body, crc = await self._files.call(partial(self._reader.body, job.key))
+            why = ""
+            if message.file:
+                why = await self._check_file(message, crc)
+            elif body is None or len(body) != message.size or crc32(body) != crc:
+                why = "its body does not have the length and checksum that were kept"
+        except (LookupError, apsw.CorruptError) as error:
+            why = f"its body cannot be read: {error}"
+        except (apsw.Error, OSError) as error:
+            self._trouble.warn("read", str(error))
+            self._loop.call_later(RETRY_SECONDS, self.release, job)
+            return False
+        if why:
+            self._set_aside(job.key, why, message.id, message.file)
+            return False
+        job.checked = True
+        if body is not None:
+            message.parts = [body]
+            job.held += message.size
+            self._room.jobs += message.size
+        return True
+
+    async def _check_file(self, message: Message, crc: int) -> str:
+        """What is wrong with a body file; read in pieces, between which others have the thread."""
+        path = Path(message.file)
+        why = check_length(path, message.size)
+        place = found = 0
+        while not why and place < message.size:
+            found, length = await self._files.call(partial(read_crc, path, place, found))
+            place += length
+            if not length:
+                break
+        if not why and (place != message.size or found != crc):
+            why = "its file does not have the checksum that was kept"
+        return why
+
+    def drop(self, job: Job) -> None:
+        """Drops the body of a waiting job from memory; `read` brings it back."""
+        message = job.message
+        if message.parts is not None and job.held:
+            message.parts = None
+            job.held -= message.size
+            self._room.jobs -= message.size
+
+    def release(self, job: Job) -> None:
+        """Gives a job back; once its marks are durable, what is pending of it can be claimed."""
+        self._commit.release(job)
+
+    def _set_aside(self, key: int, why: str, message_id: str = "", path: str = "") -> None:
+        """Notes a damaged message; its recipients are no longer pending when that is durable."""
+        if self._commit.set_aside(key, why, self._wall()):
+            self._log.write(SET_ASIDE, message_id or f"key {key}", why, path or str(self._store.path))

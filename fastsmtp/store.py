@@ -1,0 +1,389 @@
+"""The spool's database: every SQL statement of fastsmtp, and what keeps SQLite's promises true.
+
+A `Store` is the writing connection. `write` puts a batch into a transaction, `commit` makes it durable; both may
+be called from different threads, never at the same time. A `Reader` is the second, read-only connection. WAL,
+synchronous=FULL, checkpoints only when asked. No other code of the process opens these files.
+
+After an error of `write` or `commit` the batch is undecided: its rows may be back after the next start. `recover`
+ends that. Pages that a failed flush left behind pass for clean in the kernel, so whatever is appended to such a log
+could be lost with them: the log's octets are written and flushed once more before SQLite reads them again, at
+each start too. Errors are apsw's and OSError; `open` raises SpoolError with one line for people.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import apsw
+
+from .record import Loaded, Row
+
+FORMAT = 1
+APPLICATION_ID = 0x66736D71  # "fsmq"
+OLDEST_SQLITE = (3, 51, 3)  # before it, two connections could corrupt the log by checkpointing at one instant
+ROWS = 1000  # of a bulk change, in one transaction
+PAGE = 4096
+CHECKPOINT_PAGES = (4 << 20) // PAGE  # p99 of a commit over 1,000,000 rows: 29 ms at 4 MB, 182 ms at 64 MB
+VACUUM_PAGES = 64  # given back in one step: some milliseconds
+SPARE_PAGES = (16 << 20) // PAGE  # free pages that are kept for what comes next
+LATEST_DUE = 86_400  # seconds; no back-off is longer, so what is due later was written by a clock that was wrong
+
+_PRAGMAS = f"""
+    PRAGMA page_size = {PAGE};
+    PRAGMA auto_vacuum = INCREMENTAL;
+    PRAGMA journal_mode = WAL;
+    PRAGMA synchronous = FULL;
+    PRAGMA wal_autocheckpoint = 0;
+    PRAGMA journal_size_limit = {16 << 20};
+    PRAGMA secure_delete = OFF;
+    PRAGMA temp_store = MEMORY;
+    PRAGMA cache_size = -8192;
+"""
+
+# `body` stands last: the columns before it are read without its overflow pages. Due times are milliseconds, and
+# NULL for new mail: inserts at a million rows drop to a fifth when each has its place in the index of due times.
+_SCHEMA = f"""
+    CREATE TABLE message (
+        key INTEGER PRIMARY KEY, id TEXT NOT NULL, arrived REAL NOT NULL, envelope BLOB NOT NULL,
+        prefix BLOB NOT NULL, cuts TEXT NOT NULL, content INTEGER NOT NULL, header_end INTEGER NOT NULL,
+        size INTEGER NOT NULL, crc INTEGER NOT NULL, body BLOB
+    );
+    CREATE INDEX message_in_file ON message (id, size) WHERE body IS NULL;
+    CREATE TABLE recipient (
+        message INTEGER NOT NULL, n INTEGER NOT NULL, domain TEXT NOT NULL, due INTEGER,
+        attempts INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT '', PRIMARY KEY (message, n)
+    ) WITHOUT ROWID;
+    CREATE INDEX recipient_due ON recipient (due) WHERE due IS NOT NULL;
+    CREATE TABLE broken (
+        message INTEGER PRIMARY KEY, why TEXT NOT NULL, since REAL NOT NULL, pending TEXT NOT NULL
+    );
+    PRAGMA application_id = {APPLICATION_ID};
+    PRAGMA user_version = {FORMAT};
+"""
+
+_INSERT_MESSAGE = "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT_RECIPIENT = "INSERT INTO recipient (message, n, domain) VALUES (?, ?, ?)"
+# Ranges of consecutive keys: 1.9 µs of CPU a message in batches of 64, one by one 3.1, IN carray() 4.8.
+_DELETE_RECIPIENTS = "DELETE FROM recipient WHERE message BETWEEN ? AND ?"
+_DELETE_MESSAGES = "DELETE FROM message WHERE key BETWEEN ? AND ?"
+_DELETE_RECIPIENT = "DELETE FROM recipient WHERE message = ? AND n = ?"
+_UPDATE_RECIPIENT = "UPDATE recipient SET due = ?, attempts = ?, reason = ? WHERE message = ? AND n = ?"
+# OR IGNORE: tried again after an undecided batch, it must not note that nobody is pending.
+_INSERT_BROKEN = """
+    INSERT OR IGNORE INTO broken
+    SELECT ?1, ?2, ?3, json_group_array(n) FROM recipient WHERE message = ?1
+"""
+_CLAMP_DUE = f"""
+    UPDATE recipient SET due = ?1 WHERE (message, n) IN
+    (SELECT message, n FROM recipient WHERE due > ?1 + {LATEST_DUE * 1000} LIMIT {ROWS})
+"""
+
+# Answers are one row of JSON: a row at a time takes the GIL for each, and waits 0.5 ms for it under load.
+_SELECT_NEW = """
+    SELECT json_group_array(json_array(message, n, due IS NULL)) FROM
+    (SELECT message, n, due FROM recipient WHERE (message, n) > (?, ?) ORDER BY message, n LIMIT ?)
+"""
+_SELECT_DUE = """
+    SELECT json_group_array(json_array(due, message, n)) FROM
+    (SELECT due, message, n FROM recipient WHERE (due, message, n) > (?, ?, ?) AND due <= ?
+     ORDER BY due, message, n LIMIT ?)
+"""
+_SELECT_NEXT_DUE = """
+    SELECT due FROM recipient WHERE (due, message, n) > (?, ?, ?) AND due IS NOT NULL
+    ORDER BY due, message, n LIMIT 1
+"""
+_SELECT_MESSAGES = """
+    SELECT json_group_array(json_array(
+        key, id, arrived, hex(envelope), hex(prefix), cuts, content, header_end, size, body IS NULL,
+        json((SELECT json_group_array(json_array(n, due, attempts, reason)) FROM recipient WHERE message = key))
+    )) FROM message WHERE key IN (SELECT value FROM json_each(?))
+"""
+
+
+class SpoolError(Exception):
+    """The spool cannot be opened; one line says why."""
+
+
+class SpoolLockedError(SpoolError):
+    """Another process has the spool."""
+
+
+class Batch:
+    """What one transaction changes."""
+
+    __slots__ = ("aside", "done", "later", "messages", "partly", "recipients")
+
+    def __init__(self) -> None:
+        self.messages: list[Row] = []
+        self.recipients: list[tuple[int, int, str]] = []  # key, number, domain
+        self.done: list[int] = []  # keys
+        self.partly: list[tuple[int, int]] = []  # key, number
+        self.later: list[tuple[int, int, str, int, int]] = []  # due (ms), attempts, reason, key, number
+        self.aside: list[tuple[int, str, float]] = []  # key, why, since
+
+    def __bool__(self) -> bool:
+        return bool(self.messages or self.done or self.partly or self.later or self.aside)
+
+
+class Store:
+    """The writing connection to the database at `path`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._written = 0  # pages, when the log was last checkpointed
+        self._db: apsw.Connection
+        self._run: apsw.Cursor
+
+    # --- opening and closing ---
+
+    def open(self, now: float) -> None:
+        """Opens or creates it and makes it fit for use. Raises SpoolError."""
+        if tuple(map(int, apsw.sqlite_lib_version().split(".")[:3])) < OLDEST_SQLITE:
+            raise SpoolError(f"SQLite {apsw.sqlite_lib_version()} is too old; 3.51.3 is needed (package apsw)")
+        try:
+            # Made by us, so that nobody else can read it from its first moment; the log inherits the mode.
+            os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+            self._connect()
+            self._prepare(now)
+        except apsw.NotADBError:
+            raise SpoolError(f"{self.path}: not a database") from None
+        except apsw.Error as error:
+            raise SpoolError(f"{self.path}: {error}") from error
+        except OSError as error:
+            raise SpoolError(f"{error.filename or self.path}: {error.strerror}") from error
+
+    def _connect(self) -> None:
+        _flush_again(Path(f"{self.path}-wal"))
+        self._db = db = apsw.Connection(str(self.path))
+        self._run = db.cursor()
+        self._check_format()  # before anything is changed in what may be another program's
+        # A close must not checkpoint by itself: not what is undecided, and not on the loop.
+        db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        db.set_busy_timeout(0)
+        self._run.execute(_PRAGMAS).fetchall()
+        if self._number("PRAGMA journal_mode") != "wal":
+            raise SpoolError(f"{self.path}: the file system does not allow a write-ahead log")
+        self._written = 0
+
+    def _check_format(self) -> None:
+        application = self._number("PRAGMA application_id")
+        version = self._number("PRAGMA user_version")
+        if application != APPLICATION_ID and (application or version or self._tables()):
+            raise SpoolError(f"{self.path}: a database of another program")
+        if version not in (0, FORMAT):
+            raise SpoolError(f"{self.path}: format {version} was made by a newer version; known here is {FORMAT}")
+
+    def _prepare(self, now: float) -> None:
+        if not self._tables():
+            self._run.execute(f"BEGIN IMMEDIATE; {_SCHEMA}; COMMIT")
+        while self._change(_CLAMP_DUE, [(int(now * 1000),)]) == ROWS:
+            pass
+        try:
+            self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        except apsw.BusyError:
+            pass  # somebody reads it from outside: the log only stays longer
+
+    def recover(self, keys: Sequence[int]) -> None:
+        """Opens it anew and makes sure that the messages `keys` are gone for good, before anyone is told."""
+        self._db.close(True)
+        self._connect()
+        for start in range(0, len(keys), ROWS // 2):
+            chunk = [(key, key) for key in keys[start : start + ROWS // 2]]
+            self._run.execute("BEGIN IMMEDIATE")
+            self._run.executemany(_DELETE_RECIPIENTS, chunk)
+            self._run.executemany(_DELETE_MESSAGES, chunk)
+            self._run.execute("COMMIT")
+        # The log's old pages are of no trust: after this the database holds all, and the log is empty.
+        self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+
+    def close(self) -> None:
+        """Empties the log into the database, when nobody reads it, and closes."""
+        try:
+            self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        except apsw.BusyError:
+            pass
+        finally:
+            self._db.close(True)
+
+    # --- a batch ---
+
+    def write(self, batch: Batch) -> None:
+        """Runs the statements of a batch; some microseconds for each message."""
+        run = self._run
+        run.execute("BEGIN IMMEDIATE")
+        if batch.messages:
+            run.executemany(_INSERT_MESSAGE, batch.messages)
+            run.executemany(_INSERT_RECIPIENT, batch.recipients)
+        if batch.later:
+            run.executemany(_UPDATE_RECIPIENT, batch.later)
+        if batch.partly:
+            run.executemany(_DELETE_RECIPIENT, batch.partly)
+        if batch.aside:
+            run.executemany(_INSERT_BROKEN, batch.aside)
+            run.executemany(_DELETE_RECIPIENTS, [(key, key) for key, _, _ in batch.aside])
+        if batch.done:
+            runs = list(consecutive(batch.done))
+            run.executemany(_DELETE_RECIPIENTS, runs)
+            run.executemany(_DELETE_MESSAGES, runs)
+
+    def commit(self) -> bool:
+        """Makes it durable. Whether the log has grown enough for a checkpoint."""
+        self._run.execute("COMMIT")
+        return self._pages() - self._written >= CHECKPOINT_PAGES
+
+    def checkpoint(self) -> tuple[int, int]:
+        """Writes the log into the database. Pages in the log that a reader holds; free pages in the database."""
+        self._written = self._pages()
+        try:
+            log, done = self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
+        except apsw.BusyError:  # somebody else is at it
+            log, done = CHECKPOINT_PAGES, 0
+        return log - done, int(self._number("PRAGMA freelist_count"))
+
+    def vacuum(self) -> int:
+        """Gives some free pages back; how many are left."""
+        self._run.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
+        return int(self._number("PRAGMA freelist_count"))
+
+    # --- at start ---
+
+    def newest(self) -> int:
+        """The greatest key."""
+        return int(self._number("SELECT coalesce(max(key), 0) FROM message"))
+
+    def count(self) -> tuple[int, int]:
+        """Messages that are not finished, and those set aside."""
+        return (
+            int(self._number("SELECT count(DISTINCT message) FROM recipient")),
+            int(self._number("SELECT count(*) FROM broken")),
+        )
+
+    def in_files(self) -> list[tuple[int, str, int, bool]]:
+        """Key, id, size of each message whose body is in a file, and whether it was set aside."""
+        rows = self._run.execute(
+            "SELECT key, id, size, broken.message IS NOT NULL FROM message INDEXED BY message_in_file"
+            " LEFT JOIN broken ON broken.message = key WHERE body IS NULL"
+        )
+        return [(key, message_id, size, bool(aside)) for key, message_id, size, aside in rows]
+
+    def set_aside(self, rows: Sequence[tuple[int, str, float]]) -> None:
+        """Key, why and since of messages that are not to be delivered."""
+        for start in range(0, len(rows), ROWS // 2):
+            batch = Batch()
+            batch.aside = list(rows[start : start + ROWS // 2])
+            self.write(batch)
+            self.commit()
+
+    def is_full(self, error: Exception) -> bool:
+        """Whether it was for lack of space. To be asked before `recover`."""
+        full = (errno.ENOSPC, errno.EDQUOT)
+        if isinstance(error, OSError):
+            return error.errno in full
+        # A quota's end is an I/O error to SQLite; system_errno is of the last such error only.
+        return isinstance(error, apsw.FullError) or (
+            isinstance(error, (apsw.IOError, apsw.CantOpenError)) and self._db.system_errno in full
+        )
+
+    def _tables(self) -> bool:
+        return bool(self._number("SELECT count(*) FROM sqlite_schema"))
+
+    def _pages(self) -> int:
+        return self._db.status(apsw.SQLITE_DBSTATUS_CACHE_WRITE)[0]
+
+    def _number(self, query: str) -> int | str:
+        value: int | str = self._run.execute(query).get
+        return value
+
+    def _change(self, statement: str, rows: Iterable[tuple[int, ...]]) -> int:
+        before = self._db.total_changes()
+        self._run.executemany(statement, rows)
+        return self._db.total_changes() - before
+
+
+class Reader:
+    """The reading connection; used in one thread only. Every method raises apsw.Error, also when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._db: apsw.Connection | None = None
+
+    def open(self) -> None:
+        self._db = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READONLY)
+        self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+        self._db.set_busy_timeout(0)
+
+    def close(self) -> None:
+        if self._db is not None:
+            self._db.close(True)
+            self._db = None
+
+    def new(self, behind: tuple[int, int], limit: int) -> str:
+        """JSON: key, number and whether it was never tried, of recipients behind a key and number."""
+        return str(self._get(_SELECT_NEW, (*behind, limit)))
+
+    def due(self, behind: tuple[int, int, int], now_ms: int, limit: int) -> str:
+        """JSON: due, key and number of recipients behind the same three, up to now."""
+        return str(self._get(_SELECT_DUE, (*behind, now_ms, limit)))
+
+    def next_due(self, behind: tuple[int, int, int]) -> int | None:
+        """When the next of them is due, in milliseconds."""
+        value = self._get(_SELECT_NEXT_DUE, behind)
+        return None if value is None else int(value)
+
+    def messages(self, keys: Sequence[int]) -> str:
+        """JSON: a list of record.Loaded."""
+        return str(self._get(_SELECT_MESSAGES, (json.dumps(keys),)))
+
+    def body(self, key: int) -> tuple[bytes | None, int]:
+        """The body (None: it is in a file) and its checksum. Raises LookupError: there is no such message."""
+        row = self._cursor().execute("SELECT body, crc FROM message WHERE key = ?", (key,)).fetchone()
+        if row is None:
+            raise LookupError(key)
+        body, crc = row
+        return body, int(crc)
+
+    def _get(self, query: str, values: Sequence[int | str]) -> int | str | None:
+        value: int | str | None = self._cursor().execute(query, values).get
+        return value
+
+    def _cursor(self) -> apsw.Cursor:
+        if self._db is None:
+            raise apsw.ConnectionClosedError
+        return self._db.cursor()
+
+
+def parse_messages(text: str) -> list[Loaded]:
+    """What `Reader.messages` returned. Raises ValueError."""
+    rows: list[Loaded] = json.loads(text)
+    return rows
+
+
+def consecutive(keys: list[int]) -> Iterator[tuple[int, int]]:
+    """The first and last of each run of consecutive keys; sorts `keys`."""
+    keys.sort()
+    first = last = keys[0]
+    for key in keys:
+        if key > last + 1:
+            yield first, last
+            first = key
+        last = key
+    yield first, last
+
+
+def _flush_again(path: Path) -> None:
+    """Writes a file's octets over themselves and flushes them. Raises OSError."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        return
+    try:
+        place = 0
+        while piece := os.pread(fd, 1 << 20, place):
+            place += os.pwrite(fd, piece, place)
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
