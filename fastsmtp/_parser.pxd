@@ -3,12 +3,18 @@
 cdef class Line:
     cdef readonly bytes verb
     cdef readonly bytes rest
+    cdef readonly str local
+    cdef readonly str domain
+    cdef readonly Py_ssize_t tail
     cdef readonly bint too_long
 
 cdef class Body:
     cdef readonly bytes chunk
 
 cdef class BodyEnd:
+    cdef readonly bytes chunk
+    cdef readonly Py_ssize_t received
+    cdef readonly bint delivered
     cdef readonly Py_ssize_t size
     cdef readonly Py_ssize_t header_end
     cdef readonly bint last
@@ -26,6 +32,10 @@ cdef struct Text:
     Py_ssize_t header_end      # -1: not yet
     Py_ssize_t line_size       # octets of the line under way
     int header_state           # HEADER_*
+    const char* name           # of the trace field that a header line may turn out to be
+    int matched                # octets of it that were seen
+    Py_ssize_t received
+    bint delivered
     bint bare
     bint eight_bit
     bint eight_bit_header
@@ -58,6 +68,7 @@ cdef class Parser:
     cdef bytes _verb(self, const unsigned char* octets, Py_ssize_t size)
     cdef Py_ssize_t _line_limit(self, const unsigned char* octets, Py_ssize_t size) noexcept
     cdef object _take_line(self)
+    cdef void _take_path(self, Line line, const unsigned char* octets, Py_ssize_t size)
     cdef object _skip_line(self)
     cdef object _take_data(self)
     cdef object _take_chunk(self)
@@ -65,4 +76,4 @@ cdef class Parser:
     cdef void _inspect(self, const unsigned char* octets, Py_ssize_t size, unsigned char high) noexcept
     cdef void _find_header_end(self, const unsigned char* octets, Py_ssize_t size) noexcept
     cdef void _measure_lines(self, const unsigned char* octets, Py_ssize_t size) noexcept
-    cdef BodyEnd _body_end(self, bint last)
+    cdef BodyEnd _body_end(self, bint last, bytes chunk)

@@ -20,10 +20,17 @@ class Line:
     In command mode `verb` is what stands before the first space, upper-cased, and `rest` what stands behind it
     without trailing blanks; in line mode `verb` is empty and `rest` the whole line. `too_long`: the line was
     over its limit and read on to its end; `verb` is its beginning's, `rest` is empty.
+
+    MAIL FROM:<local@domain> and RCPT TO:<local@domain>, a plain ASCII path, or `<>`, come read: `local` as written,
+    `domain` in lower case, both "" for `<>`, and `tail`, the offset in `rest` behind the path. Any other path is left
+    to address.parse_path: `local` is None.
     """
 
     verb: bytes
     rest: bytes
+    local: str | None
+    domain: str
+    tail: int
     too_long: bool
 
 class Body:
@@ -34,6 +41,9 @@ class Body:
 class BodyEnd:
     """End-of-data, or the end of a BDAT chunk (`last`: of the LAST one; always true in DATA).
 
+    `chunk`: the last octets of the message or chunk, as in Body; may be empty. `received`: how many lines of the
+    header section begin like a Received field; `delivered`: whether one begins like Delivered-To.
+
     What is said of the message counts from its beginning, over all its chunks. `size` counts its octets as they
     are stored. `header_end` is the offset behind the first empty line (CRLF or LF at the start or behind a LF),
     or `size` when there is none. `bare`: a CR or LF that is no part of CRLF. `eight_bit`, `eight_bit_header`:
@@ -41,6 +51,9 @@ class BodyEnd:
     out. `long_line`: a line over `text_line`; `long_header`: `header_end` over `header`.
     """
 
+    chunk: bytes
+    received: int
+    delivered: bool
     size: int
     header_end: int
     last: bool

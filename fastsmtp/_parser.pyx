@@ -14,6 +14,7 @@ Raises FrameError when the stream is lost. RFC 5321 2.3.8, 4.1.1.4, 4.5.2, 4.5.3
 
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.unicode cimport PyUnicode_DecodeASCII
 from libc.string cimport memchr, memcpy
 
 cdef extern from "Python.h":
@@ -75,7 +76,6 @@ cdef enum:
     MODE_LINE
     MODE_DATA
     MODE_BDAT
-    MODE_TEXT_END    # the message's last octets have been handed out, its BodyEnd has not
     MODE_DISCARD
 
 cdef enum:
@@ -95,16 +95,44 @@ cdef enum:
 cdef enum:
     HEADER_LINE_START
     HEADER_IN_LINE
+    HEADER_NAME          # at a line's start, in what may be the name of a trace field
     HEADER_CR            # a CR at a line's start
     HEADER_DONE
 
 BARE = {"reject": BARE_REJECT, "normalize": BARE_NORMALIZE, "keep": BARE_KEEP}
+
+cdef const char* RECEIVED = b"received"
+cdef const char* DELIVERED_TO = b"delivered-to"
+
+# What a character may be part of, for the paths that are read here.
+cdef enum:
+    ATEXT = 1        # RFC 5321 4.1.2
+    LET_DIG = 2      # with the underscore, which real names have
+
+cdef unsigned char[256] CLASSES
+
+def _fill_classes():
+    for octet in b"!#$%&'*+/=?^`{|}~-":
+        CLASSES[octet] = ATEXT
+    for octet in b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ_abcdefghijklmnopqrstuvwxyz":
+        CLASSES[octet] = ATEXT | LET_DIG
+
+_fill_classes()
 
 # A line that goes on for longer is no mistake; reading on for its end is not worth it.
 cdef enum:
     LONGEST_LINE = 65536
     BLOCK = 4096
     SMALL_BLOCK = 64
+
+
+cdef inline bint same_letters(const unsigned char* octets, const char* lower, int size) noexcept:
+    """Whether octets are this word, in any case; its letters are given in lower case."""
+    cdef int i
+    for i in range(size):
+        if octets[i] != lower[i] and octets[i] + 32 != lower[i]:
+            return False
+    return True
 
 
 class FrameError(Exception):
@@ -209,8 +237,8 @@ cdef class Parser:
     def next(self):
         if self._mode == MODE_STOPPED:
             return None
-        if self._mode == MODE_TEXT_END or (self._mode == MODE_BDAT and self._chunk == 0):
-            return self._body_end(self._last)
+        if self._mode == MODE_BDAT and self._chunk == 0:
+            return self._body_end(self._last, b"")
         if self._position == PyBytes_GET_SIZE(self._buffer):
             # An idle session keeps no input alive.
             self._buffer = b""
@@ -227,8 +255,9 @@ cdef class Parser:
         return None
 
     cdef object _begin_text(self):
-        self._text = Text(size=0, read=0, header_end=-1, line_size=0, header_state=HEADER_LINE_START,
-                          bare=False, eight_bit=False, eight_bit_header=False, long_line=False)
+        self._text = Text(size=0, read=0, header_end=-1, line_size=0, header_state=HEADER_LINE_START, name=NULL,
+                          matched=0, received=0, delivered=False, bare=False, eight_bit=False,
+                          eight_bit_header=False, long_line=False)
 
     cdef object _lost(self, kind):
         self._mode = MODE_DISCARD
@@ -282,9 +311,61 @@ cdef class Parser:
         line.verb = self._verb(octets + start, space - start)
         space = min(space + 1, at)
         line.rest = PyBytes_FromStringAndSize(<const char*>octets + space, at - space)
+        self._take_path(line, octets + space, at - space)
         if line.verb in self._barriers:
             self._mode = MODE_STOPPED
         return line
+
+    cdef void _take_path(self, Line line, const unsigned char* octets, Py_ssize_t size):
+        """Reads the path of nearly every MAIL and RCPT: `<dot-string@domain>`, all of it ASCII, or `<>`. What is not
+        of that form is left to the command parser, so nothing here refuses."""
+        cdef Py_ssize_t local, domain, label, at
+        cdef char[256] lowered
+        if line.verb == b"MAIL":
+            at = 5
+            if size < 7 or not same_letters(octets, b"from:", 5):
+                return
+        elif line.verb == b"RCPT":
+            at = 3
+            if size < 5 or not same_letters(octets, b"to:", 3):
+                return
+        else:
+            return
+        if octets[at] != c"<":
+            return
+        local = at = at + 1
+        while at < size and (CLASSES[octets[at]] & ATEXT or (octets[at] == c"." and CLASSES[octets[at - 1]] & ATEXT)):
+            at += 1
+        if at == local and at < size and octets[at] == c">":
+            domain = at
+        else:
+            if at == local or at >= size or octets[at] != c"@" or octets[at - 1] == c".":
+                return
+            domain = label = at + 1
+            at = domain
+            while at < size and octets[at] != c">":
+                if octets[at] == c"." or octets[at] == c"-":
+                    # A hyphen stands between letters, a dot between labels.
+                    if at == label or (octets[at] == c"." and octets[at - 1] == c"-"):
+                        return
+                    if octets[at] == c".":
+                        label = at + 1
+                elif not CLASSES[octets[at]] & LET_DIG:
+                    return
+                if at - label > 63 or at - domain > 255:
+                    return
+                lowered[at - domain] = octets[at] + 32 if c"A" <= octets[at] <= c"Z" else octets[at]
+                at += 1
+            if at >= size or at == label or octets[at - 1] == c"-" or at - label > 63 or at - domain > 255:
+                return
+            if at + 1 - (local - 1) > 256:
+                return
+            line.domain = PyUnicode_DecodeASCII(lowered, at - domain, NULL)
+            line.local = PyUnicode_DecodeASCII(<const char*>octets + local, domain - 1 - local, NULL)
+            line.tail = at + 1
+            return
+        line.domain = line.local = ""
+        line.tail = at + 1
 
     cdef inline Py_ssize_t _verb_end(self, const unsigned char* octets, Py_ssize_t start, Py_ssize_t end) noexcept:
         cdef const unsigned char* space = <const unsigned char*>memchr(octets + start, b" ", end - start)
@@ -369,14 +450,13 @@ cdef class Parser:
             self._inspect(target, made, high)
             if self._text.read > 10 * self._limit:
                 return self._lost("too_much")
-            if ended:
-                self._mode = MODE_TEXT_END
-                self._last = True
             if made == 0 or self._text.size > self._limit:
-                return self._body_end(True) if ended else None
-            body = Body.__new__(Body)
+                return self._body_end(True, b"") if ended else None
             # Shrinks in place; a slice would copy.
             _PyBytes_Resize(&chunk, made)
+            if ended:
+                return self._body_end(True, <bytes>chunk)
+            body = Body.__new__(Body)
             body.chunk = <bytes>chunk
             return body
         finally:
@@ -483,10 +563,9 @@ cdef class Parser:
     cdef object _take_chunk(self):
         cdef Py_ssize_t size = min(PyBytes_GET_SIZE(self._buffer) - self._position, self._chunk)
         cdef const unsigned char* octets = <const unsigned char*>PyBytes_AS_STRING(self._buffer) + self._position
+        cdef bytes chunk
         cdef Body body
 
-        if size == 0:
-            return self._body_end(self._last)
         if (self._state == STATE_CR) != (octets[0] == c"\n") or fastsmtp_bare(octets, size):
             self._text.bare = True
         self._state = STATE_CR if octets[size - 1] == c"\r" else STATE_MIDDLE
@@ -495,14 +574,20 @@ cdef class Parser:
         self._chunk -= size
         self._position += size
         if self._text.size > self._limit:
-            return self._body_end(self._last) if self._chunk == 0 else None
+            return self._body_end(self._last, b"") if self._chunk == 0 else None
+        chunk = PyBytes_FromStringAndSize(<const char*>octets, size)
+        if self._chunk == 0:
+            return self._body_end(self._last, chunk)
         body = Body.__new__(Body)
-        body.chunk = PyBytes_FromStringAndSize(<const char*>octets, size)
+        body.chunk = chunk
         return body
 
-    cdef BodyEnd _body_end(self, bint last):
+    cdef BodyEnd _body_end(self, bint last, bytes chunk):
         cdef BodyEnd end = BodyEnd.__new__(BodyEnd)
         self._mode = MODE_STOPPED
+        end.chunk = chunk
+        end.received = self._text.received
+        end.delivered = self._text.delivered
         end.last = last
         end.size = self._text.size
         end.header_end = self._text.size if self._text.header_end < 0 else self._text.header_end
@@ -535,6 +620,7 @@ cdef class Parser:
         self._text.size += size
 
     cdef void _find_header_end(self, const unsigned char* octets, Py_ssize_t size) noexcept:
+        """Looks for the empty line, and for lines that begin like a trace field."""
         cdef const unsigned char* p = octets
         cdef const unsigned char* end = octets + size
         cdef int state = self._text.header_state
@@ -544,10 +630,25 @@ cdef class Parser:
                 if p == NULL:
                     break
                 state = HEADER_LINE_START
+            elif state == HEADER_NAME:
+                if (p[0] | 32) != self._text.name[self._text.matched]:
+                    state = HEADER_IN_LINE
+                    continue
+                self._text.matched += 1
+                if self._text.name[self._text.matched] == 0:
+                    if self._text.name == RECEIVED:
+                        self._text.received += 1
+                    else:
+                        self._text.delivered = True
+                    state = HEADER_IN_LINE
             elif p[0] == c"\n":
                 state = HEADER_DONE
                 self._text.header_end = self._text.size + (p + 1 - octets)
                 break
+            elif state == HEADER_LINE_START and ((p[0] | 32) == c"r" or (p[0] | 32) == c"d"):
+                self._text.name = RECEIVED if (p[0] | 32) == c"r" else DELIVERED_TO
+                self._text.matched = 1
+                state = HEADER_NAME
             else:
                 state = HEADER_CR if p[0] == c"\r" and state == HEADER_LINE_START else HEADER_IN_LINE
             p += 1

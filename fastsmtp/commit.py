@@ -17,19 +17,19 @@ from functools import partial
 from pathlib import Path
 
 from .bodies import FileDraft, remove
-from .claims import RETRY_SECONDS, Claims
 from .job import JOB_OCTETS, Job, Mark
 from .record import Row
 from .reply import R451_LOCAL_ERROR, R452_NO_ROOM
 from .room import Room
-from .store import ROWS, SPARE_PAGES, Batch, Reader, Store
+from .scan import RETRY_SECONDS, Scan
+from .store import PAGE, ROWS, SPARE_PAGES, Batch, Reader, Store
 from .thread import OneThread
 from .trouble import Trouble
 from .verdict import STORED, Refused, Stored
 
 BATCH_OCTETS = 2 << 20  # of bodies in one transaction: some milliseconds of copying on the loop
 CLOSE_SECONDS = 5.0  # for a store that does not work
-LONG_LOG_PAGES = (64 << 20) // 4096  # a write-ahead log of this length is worth a line
+LONG_LOG_PAGES = (64 << 20) // PAGE  # a write-ahead log of this length is worth a line
 
 # Reasons of a Refused, the same words in log and metrics
 NO_ROOM = "spool-no-room"
@@ -46,17 +46,13 @@ def refusal(full: bool) -> Refused:
 class Entry:
     """A message that waits for its commit."""
 
-    __slots__ = ("answer", "draft", "job", "recipients", "row")
+    __slots__ = ("answer", "draft", "job", "row")
 
     def __init__(self, row: Row, job: Job, draft: FileDraft, answer: Callable[[Stored | Refused], None]) -> None:
         self.row = row
         self.job = job
         self.draft = draft
         self.answer = answer
-        self.recipients = [
-            (job.key, number, recipient.address.domain)
-            for number, recipient in enumerate(job.message.envelope.recipients)
-        ]
 
 
 class _Round:
@@ -85,7 +81,7 @@ class GroupCommit:
         writer: OneThread,
         files: OneThread,
         room: Room,
-        claims: Claims,
+        scan: Scan,
         trouble: Trouble,
         stored: Callable[[list[Job]], None],
         backlog: int,
@@ -102,7 +98,7 @@ class GroupCommit:
         self._writer = writer
         self._files = files
         self._room = room
-        self._claims = claims
+        self._scan = scan
         self._trouble = trouble
         self._stored = stored
         self._closing = False
@@ -110,7 +106,7 @@ class GroupCommit:
         self._quiet: Future[None] | None = None
         self._recovery: Task[None] | None = None
         self._failures = 0  # commits that failed since the last that did not
-        self._free_pages = 0
+        self._freed = 0  # octets of bodies deleted since free pages were last given back
         self._round = _Round()  # of the commit that runs
         # What waits for the next batch
         self._entries: list[Entry] = []
@@ -143,6 +139,7 @@ class GroupCommit:
                 waiting.partly.append((mark.key, mark.number))
             else:
                 self._done.append(job)
+                self._freed += job.message.size
                 self._room.jobs -= job.held
                 job.held = 0
         self._schedule()
@@ -185,7 +182,7 @@ class GroupCommit:
         """Begins the next batch; the connection is the loop's."""
         if self._entries or self._done or self._waiting or self._released:
             self._begin()
-        elif self._free_pages > SPARE_PAGES and not self._closing:
+        elif self._freed > SPARE_PAGES * PAGE and not self._closing:
             self._round = _Round()
             self._writer.run(self._store.vacuum, self._vacuumed)
         else:
@@ -210,18 +207,21 @@ class GroupCommit:
         database before the loop hears of their commit."""
         work = _Round()
         batch = work.batch
-        held = self._claims.held
+        held = self._scan.held
         rows = octets = 0
         for entry in self._entries:
+            job = entry.job
             body = entry.row[-1]
-            rows += 1 + len(entry.recipients)
+            recipients = job.message.envelope.recipients
+            rows += 1 + len(recipients)
             octets += len(body) if body is not None else 0
             if work.entries and (rows > ROWS or octets > BATCH_OCTETS):
                 break
             work.entries.append(entry)
             batch.messages.append(entry.row)
-            batch.recipients += entry.recipients
-            held[entry.job.key] = entry.job
+            for number, recipient in enumerate(recipients):
+                batch.recipients.append((job.key, number, recipient.address.domain))
+            held[job.key] = job
         del self._entries[: len(work.entries)]
         work.done, self._done = self._done[:ROWS], self._done[ROWS:]
         batch.done = [job.key for job in work.done]
@@ -258,7 +258,7 @@ class GroupCommit:
     def _settle(self, work: _Round) -> None:
         """What follows from a batch that is durable."""
         room = self._room
-        claims = self._claims
+        scan = self._scan
         jobs: list[Job] = []
         for entry in work.entries:
             room.drafts -= entry.draft.held
@@ -267,18 +267,16 @@ class GroupCommit:
             room.jobs += job.held
             jobs.append(job)
         for job in work.done:
-            claims.let_go(job.key)
+            scan.let_go(job.key)
             if job.message.file:
                 self._files.run(partial(remove, Path(job.message.file)), self._removed)
-        for due, *_ in work.batch.later:
-            claims.defer(due / 1000)
         for key, *_ in work.batch.aside:
             self._asides.discard(key)
-            room.jobs -= claims.let_go(key)
+            room.jobs -= scan.let_go(key)
         for job in work.released:
-            if job.pending and claims.held.get(job.key) is job:
-                room.jobs -= claims.let_go(job.key)
-                claims.put_back(job)
+            if job.pending and scan.held.get(job.key) is job:
+                room.jobs -= scan.let_go(job.key)
+                scan.put_back(job)
         self.backlog += len(jobs) - len(work.done) - len(work.batch.aside)
         self.broken += len(work.batch.aside)
         if jobs:
@@ -287,22 +285,20 @@ class GroupCommit:
             except Exception as error:
                 self._report(error)
 
-    def _checkpointed(self, answer: tuple[int, int] | Exception) -> None:
+    def _checkpointed(self, answer: int | Exception) -> None:
         if isinstance(answer, Exception):
             self._trouble.warn("checkpoint", str(answer))
-        else:
-            kept, self._free_pages = answer
-            if kept > LONG_LOG_PAGES:
-                why = f"a reader keeps {kept >> 8} MB of the write-ahead log"
-                self._trouble.warn("checkpoint", why)
+        elif answer > LONG_LOG_PAGES:
+            self._trouble.warn("checkpoint", f"a reader keeps {answer >> 8} MB of the write-ahead log")
         self._next()
 
-    def _vacuumed(self, answer: int | Exception) -> None:
+    def _vacuumed(self, answer: bool | Exception) -> None:
         if isinstance(answer, Exception):
             self._fail(answer)
-        else:
-            self._free_pages = answer if answer < self._free_pages else 0
-            self._next()
+            return
+        if not answer:
+            self._freed = 0
+        self._next()
 
     def _removed(self, answer: Exception | None) -> None:
         if answer is not None:  # the next start tries again
@@ -342,7 +338,7 @@ class GroupCommit:
             await sleep(delay)
             delay = min(2 * delay, RETRY_SECONDS)
         for entry in undecided:
-            self._claims.let_go(entry.job.key)
+            self._scan.let_go(entry.job.key)
             entry.draft.discard()
         self._answer(work.entries, refused)
         work.entries = []

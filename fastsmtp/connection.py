@@ -45,7 +45,7 @@ from .tls import describe
 from .verdict import Ask, Client, Refused, Store, Stored, Verdict
 
 UNREAD_LIMIT = 65536  # octets fed and not interpreted, above which the client is not read
-RATE_WINDOW = 60.0  # seconds over which the minimum rate of data is measured
+GROUP_LIMIT = 1000  # replies that leave in one write; HELP is answered with 25 times its octets
 LINGER = 5.0  # seconds that a client has to take our last words while it still sends
 
 # Names of this module: on Python 3.11 looking up an Enum's member costs 0.05 µs each time.
@@ -63,6 +63,7 @@ class Pause(IntFlag):
     UNREAD = 1  # enough has been read that is not interpreted yet
     DRAFT = 2  # the message's octets are not on disk yet
     OUTPUT = 4  # the client does not take our replies
+    HANDSHAKE = 8  # TLS is about to begin
 
 
 class Times:
@@ -268,16 +269,14 @@ class Connection(asyncio.Protocol):
     def eof_received(self) -> bool:
         # What was sent before is answered; then the transport closes.
         self.end = self.end or "eof"
-        return self.busy
+        return self.busy and not self.closing
 
     def connection_lost(self, exc: Exception | None) -> None:
         service = self.service
         self.transport = None
         self.closing = True
         self.round.discard(self)
-        if self.draft is not None:
-            self.draft.abandon()
-            self.draft = None
+        self._abandon()
         service.shared.close_session(service.worker)
         service.count(Counter.OCTETS_RECEIVED, self.octets)
         client = self.client
@@ -320,11 +319,14 @@ class Connection(asyncio.Protocol):
             while not self.busy and not self.stalled:
                 event = parser.next()
                 if event is None:
+                    if parser.in_text:
+                        # Of a message over its limit nothing is handed out, but its octets came.
+                        self.since = 0.0
                     break
                 self.since = 0.0
                 if type(event) is Line:
                     answer = self._receive_early(event) if parser.unread else self.session.receive(event)
-                    if type(answer) is Reply and answer.plain and self.draft is None:
+                    if type(answer) is Reply and answer.plain and self.draft is None and not self.service.draining:
                         # What _act does for nearly every command.
                         self.out.append(answer.wire)
                         if parser.stopped:
@@ -335,6 +337,8 @@ class Connection(asyncio.Protocol):
                     self._write(event.chunk)
                 elif type(event) is BodyEnd:
                     self._act(self._take_end(event), b".")
+                if len(self.out) > GROUP_LIMIT:
+                    self._flush()
         except FrameError as error:
             self._act(self.session.lost(error), b"")
         except Exception as error:
@@ -343,6 +347,8 @@ class Connection(asyncio.Protocol):
             self.pumping = False
         if self.out:
             self._flush()
+        if self.end == "eof" and not self.busy and not self.closing and self.transport is not None:
+            self.transport.close()
         if self.paused and self.paused & Pause.UNREAD and parser.unread <= UNREAD_LIMIT:
             self._resume(Pause.UNREAD)
 
@@ -372,7 +378,9 @@ class Connection(asyncio.Protocol):
         draft = self.draft
         if draft is None:
             return self.session.take_end(end, b"")
-        answer = self.session.take_end(end, bytes(draft.head[: end.header_end]) if end.last else b"")
+        if end.chunk:
+            self._write(end.chunk)
+        answer = self.session.take_end(end, draft.head if end.last else b"")
         if type(answer) is Store:
             content = NO_CONTENT
             if end.bare or end.eight_bit or end.eight_bit_header or answer.envelope.body == "BINARYMIME":
@@ -386,6 +394,7 @@ class Connection(asyncio.Protocol):
                 answer.envelope, answer.prefix, None, end.size, end.header_end, content, self.service.terms.now()
             )
             self.draft = None
+            self._resume(Pause.DRAFT)
             self.message = message
             self.busy = True
             self.service.keeper.append(message, draft, self._on_stored)
@@ -398,7 +407,6 @@ class Connection(asyncio.Protocol):
         session = self.session
         message = self.message
         self.message = None
-        answer = session.resume(result)
         if message is not None and type(result) is Stored:
             envelope = message.envelope
             service.shared.add(service.worker, ACCEPTED, 1)
@@ -406,9 +414,14 @@ class Connection(asyncio.Protocol):
                 logs.ACCEPTED, envelope.id, envelope.client, str(envelope.reverse_path) or "<>",
                 tuple([str(recipient.address) for recipient in envelope.recipients]), message.size,
             )  # fmt: skip
-        if self.transport is not None:
-            self._act(answer, b".")
-            self._pump()
+        try:
+            answer = session.resume(result)
+            if self.transport is not None and not self.closing:
+                self._act(answer, b".")
+                self._pump()
+        except Exception as error:
+            # The spool answers many sessions in a row.
+            self._bug(error)
 
     def _act(self, answer: Answer, stage: bytes) -> None:
         """Does what an answer says; `stage` is the verb that it answers, "." for end-of-data."""
@@ -426,10 +439,9 @@ class Connection(asyncio.Protocol):
             if answer.plain or answer.then is Then.CONTINUE:
                 if self.parser.stopped:
                     self.parser.command()
-                if self.draft is not None and self.session.transaction is None:
+                if self.session.transaction is None:
                     # A draft lives as long as its transaction.
-                    self.draft.abandon()
-                    self.draft = None
+                    self._abandon()
                 if self.service.draining and self.session.transaction is None:
                     self._bye(R421_SHUTTING_DOWN, "shutdown")
             elif answer.then is Then.DATA:
@@ -437,7 +449,10 @@ class Connection(asyncio.Protocol):
                 self.parser.data(self.session.terms.message_size)
             elif answer.then is Then.TLS:
                 self.busy = True
+                self._abandon()
                 self._flush()
+                # What arrives before the handshake has begun is its own.
+                self._pause(Pause.HANDSHAKE)
                 self.service.run(self._handshake())
             else:
                 self._close(answer, "quit" if stage == b"QUIT" else answer.text or "dropped")
@@ -453,12 +468,21 @@ class Connection(asyncio.Protocol):
         self.draft = self.service.keeper.draft(transaction.envelope.id, self._drained)
         self.head_open = True
 
+    def _abandon(self) -> None:
+        if self.draft is not None:
+            self.draft.abandon()
+            self.draft = None
+            self._resume(Pause.DRAFT)
+
     async def _await(self, verdict: Awaitable[Verdict], stage: bytes) -> None:
         """Goes on when a policy that had to wait has decided."""
-        answer = self.session.resume(await verdict)
+        decided = await verdict
         self.busy = False
         if self.transport is not None and not self.closing:
-            self._act(answer, stage)
+            try:
+                self._act(self.session.resume(decided), stage)
+            except Exception as error:
+                self._bug(error)
             self._pump()
 
     def _refused(self, reply: Reply, stage: bytes) -> None:
@@ -523,6 +547,7 @@ class Connection(asyncio.Protocol):
         """Cuts the connection; what was not answered is not kept."""
         self.end = end
         self.closing = True
+        self.parser.discard()
         if self.transport is not None:
             self.transport.abort()
 
@@ -535,10 +560,11 @@ class Connection(asyncio.Protocol):
             if now - self.since > LINGER:
                 self.abort(self.end)
         elif self.stalled:
+            self.since = now
             if now - self.stalled > times.write:
                 self.abort("takes no replies")
         elif self.busy:
-            return
+            self.since = now
         elif self.parser.in_text:
             self._check_body(now)
         elif now - self.since > times.command:
@@ -550,7 +576,10 @@ class Connection(asyncio.Protocol):
 
     def _check_body(self, now: float) -> None:
         times = self.service.times
-        if not self.body_since or self.paused:
+        if self.paused:
+            self.since = self.body_since = now
+            self.marked = self.octets
+        if not self.body_since:
             self.body_since = now
             self.marked = self.octets
         if self.parser.too_big:
@@ -559,11 +588,13 @@ class Connection(asyncio.Protocol):
                 self.out.append(R552_TOO_BIG_CLOSING.wire)
                 self._close(R552_TOO_BIG_CLOSING, "message too big")
                 return
+        else:
+            self.too_big_since = 0.0
         measured = now - self.body_since
-        slow = measured >= RATE_WINDOW and self.octets - self.marked < times.data_rate * measured
-        if slow or (now - self.since > times.data and not self.paused):
+        slow = measured >= times.data and self.octets - self.marked < times.data_rate * measured
+        if slow or now - self.since > times.data:
             self._bye(R421_TIMEOUT, "timeout")
-        elif measured >= RATE_WINDOW:
+        elif measured >= times.data:
             self.body_since = now
             self.marked = self.octets
 
@@ -597,6 +628,7 @@ class Connection(asyncio.Protocol):
         self.client.helo = ""
         service.count(Counter.TLS_HANDSHAKES)
         self.paused = Pause.NONE
+        self.stalled = 0.0
         self.busy = False
         self._begin(self.session)
         if between.octets:

@@ -72,3 +72,10 @@ class Domains:
         if row is None or (row.recipients is not None and row.key(address) not in row.recipients):
             return None
         return Address(address.local, address.domain, f"{address}") if row.case_sensitive else address
+
+    def route(self, address: Address) -> tuple[str, Address]:
+        """The transport for an accepted address ("" when none is left), and the mailbox that it stands for. A list
+        that has changed since loses no mail."""
+        mailbox = self.resolve(address) or address
+        row = self._rows.get(mailbox.domain) or self.find(mailbox.domain)
+        return (row.transport if row is not None else "", mailbox)

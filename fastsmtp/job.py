@@ -45,10 +45,11 @@ class Job:
 
     `pending` are the numbers of the unfinished recipients (their places in the envelope); the keeper takes them
     out as `finish` is told. `due` (seconds since the epoch), `attempts` and `reasons` are of the last attempt, for
-    recipients that have had one. `held` is what the keeper has counted for it, in octets.
+    recipients that have had one. `deliveries` are under way or wait for their transport; the queue counts them.
+    `held` is what the keeper has counted for it, in octets.
     """
 
-    __slots__ = ("attempts", "checked", "due", "held", "key", "message", "pending", "reasons")
+    __slots__ = ("attempts", "checked", "deliveries", "due", "held", "key", "message", "pending", "reasons")
 
     def __init__(self, key: int, message: Message, pending: list[int], checked: bool) -> None:
         self.key = key
@@ -58,6 +59,7 @@ class Job:
         self.due: dict[int, float] = {}
         self.attempts: dict[int, int] = {}
         self.reasons: dict[int, str] = {}
+        self.deliveries = 0
         self.held = 0
 
 

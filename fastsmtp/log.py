@@ -250,6 +250,8 @@ def _json(value: object, width: int) -> str:
     if type(value) is int:
         return str(value)
     if isinstance(value, tuple):
+        if len(value) == 1 and type(value[0]) is str and len(value[0]) <= width:  # most messages; 0.2 µs, not 0.7
+            return f"[{quote_json(value[0])}]"
         return "[" + ",".join([quote_json(item) for item in _cut_items(value, width)]) + "]"
     if value is None:
         return "null"

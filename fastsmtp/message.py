@@ -183,11 +183,6 @@ def trace(header: bytes) -> tuple[int, frozenset[str]]:
 
     Mailboxes are keys as in `Address.mailbox`. What is no address is passed over.
     """
-    lowered = header.lower()
-    # Nearly no message has been delivered before, or has fields such as Received-SPF: no field is looked at then.
-    hops = lowered.count(b"\nreceived:") + lowered.startswith(b"received:")
-    if b"delivered-to" not in lowered and hops == lowered.count(b"\nreceived") + lowered.startswith(b"received"):
-        return hops, frozenset()
     hops = 0
     mailboxes = set()
     for match in _TRACE_FIELD.finditer(header):

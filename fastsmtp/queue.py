@@ -14,18 +14,23 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable, Coroutine, Mapping
-from typing import NamedTuple
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 from . import log as logs
 from .address import Address
-from .delivery import Delivery, Outcome, Result, Scope, Transport
+from .delivery import DELIVERED, Delivery, Outcome, Result, Scope, Transport
 from .job import Backlog, Job, Mark
 from .metrics import Counter
 
 CLAIM = 500  # jobs claimed at once
 IN_MEMORY = 5_000  # waiting jobs above which none are claimed
 BATCH = 1_000  # deliveries handed to a transport at once
+
+Batch: TypeAlias = list[tuple[Job, Delivery]]
+Outcomes: TypeAlias = Sequence[Sequence[Outcome]]
+
+RECIPIENTS_DELIVERED = Counter.RECIPIENTS_DELIVERED
 
 NO_ROUTE = Outcome(Result.DEFERRED, "4.3.5", "no transport is configured for this domain", Scope.HOST)
 BROKEN_TRANSPORT = Outcome(Result.DEFERRED, "4.3.0", "the transport failed; see the log", Scope.HOST)
@@ -49,10 +54,10 @@ class Lane:
 
     __slots__ = ("name", "transport", "waiting", "working")
 
-    def __init__(self, name: str, transport: Transport | None) -> None:
+    def __init__(self, name: str, transport: Transport) -> None:
         self.name = name
         self.transport = transport
-        self.waiting: list[tuple[Job, Delivery]] = []
+        self.waiting: Batch = []
         self.working = False
 
 
@@ -120,7 +125,7 @@ class Queue:
     def _dispatch(self, job: Job) -> None:
         message = job.message
         recipients = message.envelope.recipients
-        groups: dict[str, list[int]] = {}
+        lanes: dict[str, list[int]] = {}
         marks = []
         for number in job.pending:
             recipient = recipients[number]
@@ -128,19 +133,27 @@ class Queue:
                 marks.append(self._mark(job, number, Outcome(Result.FAILED, "5.4.6", recipient.fault), ""))
                 continue
             name, recipient.address = self._route(recipient.address)
-            if name in self._lanes:
-                groups.setdefault(name, []).append(number)
-            else:
+            if name not in self._lanes:
                 marks.append(self._mark(job, number, NO_ROUTE, name))
-        if groups:
-            self._waiting += len(groups)
-            if self._backlog.over_budget:
-                self._backlog.drop(job)
-            for name, numbers in groups.items():
-                chosen = [recipients[number] for number in numbers]
-                self._lanes[name].waiting.append((job, Delivery(message, chosen, numbers)))
+            elif name in lanes:
+                lanes[name].append(number)
+            else:
+                lanes[name] = [number]
+        if lanes and self._backlog.over_budget:
+            self._backlog.drop(job)
+        for name, numbers in lanes.items():
+            chosen = [recipients[number] for number in numbers]
+            self._lanes[name].waiting.append((job, Delivery(message, chosen, numbers)))
+            job.deliveries += 1
+            self._waiting += 1
         if marks:
             self._backlog.finish(marks)
+            self._let_go(job)
+
+    def _let_go(self, job: Job) -> None:
+        """A job with recipients left for later goes back to the spool once nothing of it is under way."""
+        if not job.deliveries and job.pending:
+            self._backlog.release(job)
 
     async def _claim(self) -> None:
         try:
@@ -151,65 +164,84 @@ class Queue:
     # Lanes
 
     def _start(self, lane: Lane) -> None:
-        if lane.waiting and not (lane.working or self._closing) and self._backlog.healthy:
-            lane.working = True
-            self._run(self._work(lane))
+        transport = lane.transport
+        while lane.waiting and not (lane.working or self._closing) and self._backlog.healthy:
+            batch = lane.waiting[:BATCH]
+            del lane.waiting[:BATCH]
+            if transport.needs_body and any(job.message.parts is None for job, _ in batch):
+                lane.working = True
+                self._run(self._read_and_deliver(lane, batch))
+                continue
+            outcomes = self._deliver(transport, batch)
+            if isinstance(outcomes, Sequence):
+                self._settle(lane, batch, outcomes)
+            else:
+                lane.working = True
+                self._run(self._await(lane, batch, outcomes))
 
     def _run(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _work(self, lane: Lane) -> None:
-        transport = lane.transport
-        assert transport is not None
+    def _deliver(self, transport: Transport, batch: Batch) -> Outcomes | Awaitable[Outcomes]:
         try:
-            while lane.waiting and not self._closing and self._backlog.healthy:
-                batch = lane.waiting[:BATCH]
-                del lane.waiting[:BATCH]
-                if transport.needs_body:
-                    batch = await self._with_bodies(batch)
-                self._settle(lane, batch, await self._attempt(transport, batch))
-        finally:
-            lane.working = False
-
-    async def _attempt(self, transport: Transport, batch: list[tuple[Job, Delivery]]) -> list[list[Outcome]]:
-        try:
-            return [list(outcomes) for outcomes in await transport.deliver([delivery for _, delivery in batch])]
+            return transport.deliver([delivery for _, delivery in batch])
         except Exception as error:
-            self._log.write(logs.BUG, "transport", repr(error), logs.trace(error))
-            return [[BROKEN_TRANSPORT] * len(delivery.numbers) for _, delivery in batch]
+            return self._broken(batch, error)
 
-    async def _with_bodies(self, batch: list[tuple[Job, Delivery]]) -> list[tuple[Job, Delivery]]:
+    async def _await(self, lane: Lane, batch: Batch, waiting: Awaitable[Outcomes]) -> None:
+        try:
+            outcomes = await waiting
+        except Exception as error:
+            outcomes = self._broken(batch, error)
+        lane.working = False
+        self._settle(lane, batch, outcomes)
+        self._start(lane)
+
+    async def _read_and_deliver(self, lane: Lane, batch: Batch) -> None:
         """Reads back the bodies that are not in memory. What is broken has been set aside by the spool."""
         whole = []
         for job, delivery in batch:
-            message = job.message
-            if message.parts is not None or await self._backlog.read(job):
+            if job.message.parts is not None or await self._backlog.read(job):
                 whole.append((job, delivery))
             else:
+                job.deliveries -= 1
                 self._waiting -= 1
-        return whole
+        outcomes = self._deliver(lane.transport, whole)
+        if isinstance(outcomes, Sequence):
+            lane.working = False
+            self._settle(lane, whole, outcomes)
+            self._start(lane)
+        else:
+            await self._await(lane, whole, outcomes)
 
-    def _settle(self, lane: Lane, batch: list[tuple[Job, Delivery]], results: list[list[Outcome]]) -> None:
+    def _broken(self, batch: Batch, error: Exception) -> Outcomes:
+        self._log.write(logs.BUG, "transport", repr(error), logs.trace(error))
+        return [[BROKEN_TRANSPORT] * len(delivery.numbers) for _, delivery in batch]
+
+    def _settle(self, lane: Lane, batch: Batch, results: Outcomes) -> None:
         self._waiting -= len(batch)
         marks = []
         delivered = 0
         now = self._now()
         log = self._log
         for (job, delivery), outcomes in zip(batch, results, strict=True):
+            message = job.message
             for number, recipient, outcome in zip(delivery.numbers, delivery.recipients, outcomes, strict=True):
-                if outcome.result is Result.DELIVERED:
+                if outcome is DELIVERED:
                     delivered += 1
                     marks.append(Mark(job.key, number))
-                    log.write(
-                        logs.DELIVERED, job.message.id, str(recipient.address), lane.name, now - job.message.arrived
-                    )
+                    log.write(logs.DELIVERED, message.id, str(recipient.address), lane.name, now - message.arrived)
                 else:
                     marks.append(self._mark(job, number, outcome, lane.name))
         if delivered:
-            self._count(Counter.RECIPIENTS_DELIVERED, delivered)
+            self._count(RECIPIENTS_DELIVERED, delivered)
         self._backlog.finish(marks)
+        for job, _ in batch:
+            job.deliveries -= 1
+            if job.pending:
+                self._let_go(job)
 
     def _mark(self, job: Job, number: int, outcome: Outcome, transport: str) -> Mark:
         """What the spool is told of an attempt that did not deliver."""

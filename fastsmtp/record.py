@@ -1,6 +1,6 @@
 """How a message is written down: the envelope as text, a row of the spool's table, and a Job made from one.
 
-The envelope is lines: a format number, nine values in fixed order, then three for each recipient; the number is
+The envelope is lines: a format number, nine values in fixed order, then four for each recipient; the number is
 raised when a line is added. No value can hold a line end (all of them came on lines); one that does is refused
 with ValueError, before anything is written. Octets that are not UTF-8 survive. No SQL and no I/O here.
 """
@@ -43,7 +43,7 @@ def render_envelope(envelope: Envelope) -> bytes:
     ]
     for recipient in envelope.recipients:
         address = recipient.address
-        lines += (f"{address.local}@{address.domain}", recipient.notify, recipient.orcpt)
+        lines += (f"{address.local}@{address.domain}", recipient.notify, recipient.orcpt, recipient.fault)
     text = "\n".join(lines)
     if text.count("\n") != len(lines) - 1:
         raise ValueError("a value of the envelope holds a line end")
@@ -67,8 +67,8 @@ def parse_envelope(raw: bytes, message_id: str) -> Envelope:
     envelope.helo = helo
     envelope.protocol = protocol
     envelope.recipients = [
-        Recipient(_address(address), notify, orcpt)
-        for address, notify, orcpt in zip(recipients[::3], recipients[1::3], recipients[2::3], strict=True)
+        Recipient(_address(address), notify, orcpt, fault)
+        for address, notify, orcpt, fault in zip(*[iter(recipients)] * 4, strict=True)
     ]
     return envelope
 

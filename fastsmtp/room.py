@@ -87,4 +87,4 @@ class Room:
             state = os.statvfs(self._directory)
             self._free = state.f_bavail * state.f_frsize
         except OSError:
-            self._free = 0
+            self._free = -1  # less than any size

@@ -1,4 +1,4 @@
-"""What the supervisor hands to a worker when it forks it: a value, without behaviour.
+"""What the supervisor hands to a worker when it forks it, and the exit code that they agree on.
 
 Everything in it was made before the fork and is the worker's to use; it closes what it has done with. The
 descriptors of other workers are not in it: the child closed them.
@@ -11,6 +11,8 @@ import ssl
 from dataclasses import dataclass
 
 from ._shared import Shared
+
+EXIT_CANNOT_START = 78  # EX_CONFIG: what a worker returns that cannot start; it has logged why
 
 
 @dataclass(frozen=True, slots=True)

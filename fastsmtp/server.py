@@ -28,7 +28,8 @@ from ssl import SSLError
 import uvloop
 
 from . import log as logs
-from .address import Address, parse_address
+from .address import parse_address
+from .claim import BACKLOG
 from .config import Config, Discard, Listener, Maildir
 from .connection import Connection, Service, Times
 from .delivery import Transport
@@ -42,12 +43,11 @@ from .policy import Policy
 from .policy.recipients import Recipients
 from .queue import Backoff, Queue
 from .reply import R421_NOT_TAKING_MAIL, R452_NO_ROOM, Reply
-from .seat import Seat
+from .seat import EXIT_CANNOT_START, Seat
 from .session import Terms
 from .spool import Spool, SpoolError
 
-EXIT_CANNOT_START = 78  # EX_CONFIG; the supervisor knows it
-LOG_SECONDS = 0.2
+LOG_SECONDS = 0.05  # 2 µs a line, on the loop: more at once would be felt by sessions
 RESERVE = 64  # descriptors kept for mailboxes, bodies and whatever libraries open
 IDLE_TICKS = 5  # seconds without a message after which garbage is collected
 
@@ -95,7 +95,7 @@ class Worker:
         self._loop = asyncio.get_running_loop()
         self._log = logs.open_log(self._config.log.format)
         self._loop.set_exception_handler(self._on_exception)
-        self._loop.add_signal_handler(signal.SIGTERM, self._on_sigterm)
+        self._loop.add_signal_handler(signal.SIGTERM, self._stop.set)
         self._loop.add_reader(self._seat.alive, self._on_orphaned)
         try:
             self._open()
@@ -180,18 +180,13 @@ class Worker:
         return [number for number in sorted(found) if number >= workers and number % workers == self._seat.index]
 
     def _add_spool(self, spool: Spool | MemorySpool, domains: Domains) -> None:
-        def route(address: Address) -> tuple[str, Address]:
-            # The mailbox was known when it was accepted; a list that has changed since loses no mail.
-            row = domains.find(address.domain)
-            return (row.transport if row else "", domains.resolve(address) or address)
-
         self._spools.append(spool)
         config = self._config.queue
         self._queues.append(
             Queue(
                 spool,
                 self._transports,
-                route,
+                domains.route,
                 log=self._log,
                 count=self._count,
                 now=self._now,
@@ -283,7 +278,9 @@ class Worker:
 
     def _flush_log(self) -> None:
         self._loop.call_later(LOG_SECONDS, self._flush_log)
-        self._log.flush()
+        dropped = self._log.flush()
+        if dropped:
+            self._count(Counter.LOG_LINES_DROPPED, dropped)
 
     def _on_exception(self, _: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
         """What no caller could take: a TLS handshake that failed, or a bug."""
@@ -297,11 +294,6 @@ class Worker:
             self._log.write(logs.BUG, str(context.get("message")), "", ())
 
     # End
-
-    def _on_sigterm(self) -> None:
-        if self._stop.is_set():
-            os._exit(1)
-        self._stop.set()
 
     def _on_orphaned(self) -> None:
         self._loop.remove_reader(self._seat.alive)
@@ -360,11 +352,11 @@ class Door:
 
         if listening.family == socket.AF_UNIX:
             self._server = await service.loop.create_unix_server(
-                accept, sock=listening, ssl=context, ssl_handshake_timeout=timeout
+                accept, sock=listening, backlog=BACKLOG, ssl=context, ssl_handshake_timeout=timeout
             )
         else:
             self._server = await service.loop.create_server(
-                accept, sock=listening, ssl=context, ssl_handshake_timeout=timeout
+                accept, sock=listening, backlog=BACKLOG, ssl=context, ssl_handshake_timeout=timeout
             )
 
     def reopen(self) -> None:

@@ -58,6 +58,7 @@ from .reply import (
     R500_SYNTAX,
     R500_USE_LHLO,
     R501_ARGUMENT_NEEDED,
+    R501_BAD_BDAT,
     R501_BAD_PARAMETER,
     R501_NO_ARGUMENT,
     R502_NOT_IMPLEMENTED,
@@ -97,8 +98,8 @@ class Terms:
 
     __slots__ = (
         "any_octets", "ask_connect", "ask_helo", "ask_mail", "ask_rcpt", "bare_bdat", "bare_data", "brackets",
-        "ehlo", "errors", "greeting", "hops", "hostname", "lmtp", "message_size", "next_id", "now", "recipients",
-        "room", "submission", "tls", "useless",
+        "ehlo", "errors", "greeting", "helo", "hops", "hostname", "lmtp", "message_size", "next_id", "now",
+        "recipients", "room", "submission", "tls", "useless",
     )  # fmt: skip
 
     def __init__(
@@ -141,6 +142,7 @@ class Terms:
         self.hops = hops
         self.errors = errors
         self.useless = useless
+        self.helo = Reply(250, "", hostname)
         self.greeting = named(Reply(220, "", "LMTP fastsmtp" if self.lmtp else "ESMTP fastsmtp"), hostname)
         self.ehlo: dict[tuple[bool, frozenset[str]], Reply] = {}
 
@@ -155,16 +157,16 @@ class Terms:
 
 
 class Transaction:
-    """One mail on its way in. `failure` is what every further BDAT of it is answered; `accepted` are the recipients
-    that hear of the message's fate one by one (LMTP), also those that are not in the envelope any more."""
+    """One mail on its way in. `failure` is what every further BDAT of it is answered; `accepted` has the recipient of
+    each RCPT that was answered 250, in order, `seen` the same by mailbox."""
 
-    __slots__ = ("accepted", "begun", "envelope", "failure", "refused", "seen")
+    __slots__ = ("accepted", "begun", "envelope", "failure", "seen", "tried")
 
     def __init__(self, envelope: Envelope) -> None:
         self.envelope = envelope
-        self.accepted = envelope.recipients
-        self.seen: set[str] = set()  # mailboxes
-        self.refused = False  # a RCPT was
+        self.accepted: list[Recipient] = []
+        self.seen: dict[str, Recipient] = {}
+        self.tried = False  # a RCPT was heard
         self.begun = False  # by BDAT: no more recipients, no DATA
         self.failure: Reply | None = None
 
@@ -239,9 +241,10 @@ class Session:
         verb, handler = row
         rest = line.rest
         if line.too_long:
-            return self._count(R500_LINE_TOO_LONG)
-        if self.refused and verb.name != "QUIT":
-            return R503_REFUSED
+            # How many octets of BDAT follow is not known then.
+            return self._count(R501_BAD_BDAT if verb.name == "BDAT" else R500_LINE_TOO_LONG)
+        if self.refused and verb.name not in ("QUIT", "BDAT"):
+            return self._count(R503_REFUSED)
         if rest:
             if verb.argument is NONE:
                 return self._count(R501_NO_ARGUMENT)
@@ -251,22 +254,23 @@ class Session:
             return self._count(R503_HELO_FIRST)
         if self.terms.submission and not verb.open:
             return self._count(R530_AUTH_NEEDED)
-        if verb.useless and self._useless():
+        # The first EHLO has its use.
+        if verb.useless and (self.from_part or not verb.greets) and self._useless():
             return R421_TOO_MANY_USELESS
         try:
-            answer = handler(self, rest)
+            answer = handler(self, line)
         except CommandError as error:
             answer = error.reply
         if type(answer) is Reply and answer.code >= 500:
             return self._count(answer)
         return answer
 
-    def take_end(self, end: BodyEnd, header: bytes) -> Answer:
-        """The answer to end-of-data, or to the end of a BDAT chunk. `header` is the header section as far as it
-        is held; a chunk that is not the last needs none."""
+    def take_end(self, end: BodyEnd, head: bytes | bytearray) -> Answer:
+        """The answer to end-of-data, or to the end of a BDAT chunk. `head` is the message's beginning, with at least
+        its header section; a chunk that is not the last needs none."""
         transaction = self.transaction
         if transaction is None:
-            return self._count(R503_MAIL_FIRST)
+            return self._count(self._why_no_mail())
         if transaction.failure is not None:
             return self._finish(transaction.failure) if end.last else transaction.failure
         if not end.last:
@@ -283,22 +287,25 @@ class Session:
             return self._finish(R550_LINE_TOO_LONG)
         if end.long_header:
             return self._finish(R552_HEADER_TOO_BIG)
-        hops, been_at = trace(header)
-        if hops > self.terms.hops:
+        if (end.delivered or end.received > self.terms.hops) and self._loops(envelope, bytes(head[: end.header_end])):
             return self._finish(R554_LOOP)
-        if been_at:
-            for recipient in envelope.recipients:
-                if recipient.address.mailbox in been_at:
-                    recipient.fault = R554_LOOP.text
-            sound = [recipient for recipient in envelope.recipients if not recipient.fault]
-            if not sound:
-                return self._finish(R554_LOOP)
-            if self.terms.lmtp:
-                # Each recipient is answered for itself; over SMTP the fault goes with the message.
-                envelope.recipients = sound
         prefix = received(self.from_part, self.terms.hostname, envelope, date(int(self.terms.now())))
         self.asked = Store(envelope, prefix)
         return self.asked
+
+    def _loops(self, envelope: Envelope, header: bytes) -> bool:
+        """Whether a message comes back to us, by its trace fields. A recipient that has had it is marked."""
+        hops, been_at = trace(header)
+        if hops > self.terms.hops:
+            return True
+        for recipient in envelope.recipients:
+            if recipient.address.mailbox in been_at:
+                recipient.fault = R554_LOOP.text
+        sound = [recipient for recipient in envelope.recipients if not recipient.fault]
+        if sound and self.terms.lmtp:
+            # Each recipient is answered for itself; over SMTP the fault goes with the message.
+            envelope.recipients = sound
+        return not sound
 
     def resume(self, result: Verdict | Stored | Refused) -> Answer:
         """Goes on where an Ask or a Store was returned, with what came of it."""
@@ -334,10 +341,18 @@ class Session:
         if line.verb in FOREIGN:
             return SILENT_CLOSE
         if self.refused:
-            return R503_REFUSED
+            return self._count(R503_REFUSED)
         if line.verb in NOT_IMPLEMENTED:
             return self._count(R502_NOT_IMPLEMENTED)
         return self._count(R500_LINE_TOO_LONG if line.too_long else R500_SYNTAX)
+
+    def _why_no_mail(self) -> Reply:
+        """What BDAT is answered where there is no transaction."""
+        if self.refused:
+            return R503_REFUSED
+        if not self.from_part:
+            return R503_HELO_FIRST
+        return R530_AUTH_NEEDED if self.terms.submission else R503_MAIL_FIRST
 
     def _ask(self, ask: Ask, pending: Hello | Envelope | Recipient | None) -> Ask:
         self.asked = ask
@@ -354,14 +369,14 @@ class Session:
 
     # Commands
 
-    def _ehlo(self, rest: bytes) -> Answer:
-        return R500_USE_LHLO if self.terms.lmtp else self._greeted(rest, esmtp=True)
+    def _ehlo(self, line: Line) -> Answer:
+        return R500_USE_LHLO if self.terms.lmtp else self._greeted(line.rest, esmtp=True)
 
-    def _helo(self, rest: bytes) -> Answer:
-        return R500_USE_LHLO if self.terms.lmtp else self._greeted(rest, esmtp=False)
+    def _helo(self, line: Line) -> Answer:
+        return R500_USE_LHLO if self.terms.lmtp else self._greeted(line.rest, esmtp=False)
 
-    def _lhlo(self, rest: bytes) -> Answer:
-        return self._greeted(rest, esmtp=True) if self.terms.lmtp else R500_NOT_LMTP
+    def _lhlo(self, line: Line) -> Answer:
+        return self._greeted(line.rest, esmtp=True) if self.terms.lmtp else R500_NOT_LMTP
 
     def _greeted(self, rest: bytes, esmtp: bool) -> Answer:
         name = rest.decode("utf-8", "replace")
@@ -376,12 +391,12 @@ class Session:
         self.from_part = received_from(self.client)
         if esmtp:
             return self.terms.ehlo_reply(bool(self.client.tls), self.withheld)
-        return named(R250_OK, self.terms.hostname)
+        return self.terms.helo
 
-    def _mail(self, rest: bytes) -> Answer:
+    def _mail(self, line: Line) -> Answer:
         if self.transaction is not None:
             return R503_NESTED_MAIL
-        reverse_path, values = parse_mail(rest, self.terms.brackets)
+        reverse_path, values = parse_mail(line, self.terms.brackets)
         self.subject = reverse_path
         envelope = Envelope(reverse_path)
         size = 0
@@ -403,13 +418,14 @@ class Session:
         self.transaction = Transaction(envelope)
         return R250_SENDER_OK
 
-    def _rcpt(self, rest: bytes) -> Answer:
+    def _rcpt(self, line: Line) -> Answer:
         transaction = self.transaction
         if transaction is None:
             return R503_MAIL_FIRST
         if transaction.begun:
             return R503_RCPT_AFTER_BDAT
-        address, is_ascii, values = parse_rcpt(rest, self.terms.brackets)
+        transaction.tried = True
+        address, is_ascii, values = parse_rcpt(line, self.terms.brackets)
         envelope = transaction.envelope
         self.subject = address
         if not is_ascii and not envelope.utf8:
@@ -420,21 +436,21 @@ class Session:
             recipient.orcpt = str(values.get("ORCPT", ""))
             if not recipient.orcpt.isascii() and not envelope.utf8:
                 return R501_BAD_PARAMETER
-        if len(envelope.recipients) >= self.terms.recipients and address.mailbox not in transaction.seen:
+        if len(transaction.accepted) >= self.terms.recipients:
             return R452_TOO_MANY_RECIPIENTS
         if self.terms.ask_rcpt:
             return self._ask(Ask(RCPT, self.client, envelope.reverse_path, address), recipient)
         return self._add(transaction, recipient)
 
     def _add(self, transaction: Transaction, recipient: Recipient) -> Reply:
-        """The same mailbox twice is answered twice and delivered once."""
-        mailbox = recipient.address.mailbox
-        if mailbox not in transaction.seen:
-            transaction.seen.add(mailbox)
+        """The same mailbox twice is answered twice (in LMTP at the end too: RFC 2033 4.2) and delivered once."""
+        known = transaction.seen.setdefault(recipient.address.mailbox, recipient)
+        if known is recipient:
             transaction.envelope.recipients.append(recipient)
+        transaction.accepted.append(known)
         return R250_RECIPIENT_OK
 
-    def _data(self, rest: bytes) -> Answer:
+    def _data(self, line: Line) -> Answer:
         transaction = self.transaction
         if transaction is None:
             return R503_MAIL_FIRST
@@ -449,10 +465,10 @@ class Session:
 
     def _no_recipients(self, transaction: Transaction) -> Reply:
         # RFC 2033 4.2 wants 503 of an LMTP server either way.
-        return R554_NO_VALID_RECIPIENTS if transaction.refused and not self.terms.lmtp else R503_RCPT_FIRST
+        return R554_NO_VALID_RECIPIENTS if transaction.tried and not self.terms.lmtp else R503_RCPT_FIRST
 
-    def _bdat(self, rest: bytes) -> Answer:
-        bdat = parse_bdat(rest)
+    def _bdat(self, line: Line) -> Answer:
+        bdat = parse_bdat(line.rest)
         if bdat.size > 2 * self.terms.message_size:
             return R552_TOO_BIG_CLOSING
         transaction = self.transaction
@@ -475,26 +491,26 @@ class Session:
         base = "LMTP" if self.terms.lmtp else "ESMTP" if self.esmtp else "SMTP"
         envelope.protocol = protocol_word(base, envelope.utf8, bool(self.client.tls), authenticated=False)
 
-    def _rset(self, rest: bytes) -> Answer:
+    def _rset(self, line: Line) -> Answer:
         self.transaction = None
         return R250_OK
 
-    def _noop(self, rest: bytes) -> Answer:
+    def _noop(self, line: Line) -> Answer:
         return R250_OK
 
-    def _quit(self, rest: bytes) -> Answer:
+    def _quit(self, line: Line) -> Answer:
         return R221_BYE
 
-    def _help(self, rest: bytes) -> Answer:
+    def _help(self, line: Line) -> Answer:
         return R214_HELP
 
-    def _vrfy(self, rest: bytes) -> Answer:
+    def _vrfy(self, line: Line) -> Answer:
         return R252_CANNOT_VRFY
 
-    def _expn(self, rest: bytes) -> Answer:
+    def _expn(self, line: Line) -> Answer:
         return R252_CANNOT_EXPN
 
-    def _starttls(self, rest: bytes) -> Answer:
+    def _starttls(self, line: Line) -> Answer:
         if self.client.tls:
             return R503_IN_TLS
         return R220_READY_FOR_TLS if self._offers("STARTTLS") else R454_NO_TLS
@@ -524,7 +540,6 @@ class Session:
         assert self.transaction is not None
         assert type(self.pending) is Recipient
         if verdict.reply is not None:
-            self.transaction.refused = True
             return verdict.reply
         if verdict.recipient is not None:
             self.pending.address = verdict.recipient
@@ -543,7 +558,7 @@ class Session:
         return joined([R554_LOOP if recipient.fault else reply for recipient in transaction.accepted])
 
 
-HANDLERS: Mapping[bytes, Callable[[Session, bytes], Answer]] = {
+HANDLERS: Mapping[bytes, Callable[[Session, Line], Answer]] = {
     b"EHLO": Session._ehlo,
     b"HELO": Session._helo,
     b"LHLO": Session._lhlo,

@@ -7,7 +7,7 @@ message is never delivered, in part or whole, and never deleted. One object has 
     spool.db (-wal, -shm)   the database        body/ID   bodies that are too large for it
     lock                    held while open     ballast   given up when the disk is full
 Not here: the commit and what its failure means (commit.py), SQL (store.py), body files (bodies.py), what is claimed
-next (claims.py), how much may be taken (room.py).
+next (scan.py), how much may be taken (room.py).
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ import apsw
 
 from ._files import make_dirs
 from .bodies import Bodies, FileDraft, check_length, read_crc, remove_orphans
-from .claims import RETRY_SECONDS, Claims
 from .commit import Entry, GroupCommit, refusal
 from .ids import Ids, is_id, key_of
 from .job import Draft, Job, Mark
@@ -33,6 +32,7 @@ from .log import SET_ASIDE, SPOOL_OPENED, Log
 from .message import Message
 from .record import render_row
 from .room import Room
+from .scan import RETRY_SECONDS, Scan
 from .store import Reader, SpoolError, SpoolLockedError, Store
 from .thread import OneThread
 from .trouble import Trouble
@@ -80,7 +80,7 @@ class Spool:
         self._files: OneThread
         self._bodies: Bodies
         self._reader: Reader
-        self._claims: Claims
+        self._scan: Scan
         self._commit: GroupCommit
         self._ids: Ids
 
@@ -96,14 +96,15 @@ class Spool:
             raise SpoolError(f"{error.filename or self._directory}: {error.strerror}") from error
         try:
             self._open_store()
-            self._recover_bodies(bodies)
-            self._reader = Reader(self._store.path)
-            self._reader.open()
-            self._ids = Ids(self._worker, self._store.newest(), self._wall)
-            backlog, broken = self._store.count()
-        except (OSError, apsw.Error) as error:
-            self._release_lock()
-            raise SpoolError(f"{self._directory}: {error}") from error
+            try:
+                self._recover_bodies(bodies)
+                self._reader = Reader(self._store.path)
+                self._reader.open()
+                self._ids = Ids(self._worker, self._store.newest(), self._wall)
+                backlog, broken = self._store.count()
+            except (OSError, apsw.Error) as error:
+                self._store.drop()
+                raise SpoolError(f"{self._directory}: {error}") from error
         except SpoolError:
             self._release_lock()
             raise
@@ -111,9 +112,9 @@ class Spool:
         self._writer = OneThread(self._loop, "spool-writer")
         self._files = OneThread(self._loop, "spool-files")
         self._bodies = Bodies(bodies, self._inline, self._room, self._files)
-        self._claims = Claims(self._reader, self._files, bodies, self._set_aside)
+        self._scan = Scan(self._reader, self._files, bodies, self._set_aside)
         self._commit = GroupCommit(
-            self._loop, self._store, self._reader, self._writer, self._files, self._room, self._claims,
+            self._loop, self._store, self._reader, self._writer, self._files, self._room, self._scan,
             self._trouble, lambda jobs: self.on_stored(jobs), backlog, broken,
         )  # fmt: skip
         self._log.write(SPOOL_OPENED, str(self._directory), backlog)
@@ -212,15 +213,15 @@ class Spool:
     ) -> None:
         """The file is durable, or failed."""
         self._sealing -= 1
+        if self._sealed_all is not None and not self._sealing:
+            self._sealed_all.set_result(None)  # whoever waits for it runs behind this callback
         if error is None:
             self._enter(message, draft, draft.file().crc, None, answer)
-        else:
-            self._room.look_again()
-            self._trouble.warn("body", str(error))
-            draft.discard()
-            answer(refusal(self._store.is_full(error)))
-        if self._sealed_all is not None and not self._sealing:
-            self._sealed_all.set_result(None)
+            return
+        self._room.look_again()
+        self._trouble.warn("body", str(error))
+        draft.discard()
+        answer(refusal(self._store.is_full(error)))
 
     def _enter(
         self,
@@ -270,12 +271,12 @@ class Spool:
 
     def next_due(self) -> float | None:
         """When to claim again (epoch seconds; past: now); None: not before something is deferred or released."""
-        return self._claims.next_due()
+        return self._scan.next_due()
 
     def finish(self, marks: Sequence[Mark]) -> None:
         """Takes what became of recipients of held jobs; durable with the next commit. Finished recipients
         leave `Job.pending` at once; a job without any is over and need not be released."""
-        held = self._claims.held
+        held = self._scan.held
         for mark in marks:
             self._commit.finish(held[mark.key], mark)
 
@@ -283,7 +284,7 @@ class Spool:
         """Jobs that are due, and mail that was never tried and is not in memory: up to `n`, or some more."""
         if not self._commit.healthy or self._closing:
             return []
-        jobs = await self._claims.claim(now, n)
+        jobs = await self._scan.claim(now, n)
         for job in jobs:
             self._room.jobs += job.held
         return jobs

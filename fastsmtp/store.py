@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import apsw
 
@@ -32,9 +33,9 @@ VACUUM_PAGES = 64  # given back in one step: some milliseconds
 SPARE_PAGES = (16 << 20) // PAGE  # free pages that are kept for what comes next
 LATEST_DUE = 86_400  # seconds; no back-off is longer, so what is due later was written by a clock that was wrong
 
+# Before anything else in a new file. In an old one the second would write to it.
+_NEW_FILE = f"PRAGMA page_size = {PAGE}; PRAGMA auto_vacuum = INCREMENTAL"
 _PRAGMAS = f"""
-    PRAGMA page_size = {PAGE};
-    PRAGMA auto_vacuum = INCREMENTAL;
     PRAGMA journal_mode = WAL;
     PRAGMA synchronous = FULL;
     PRAGMA wal_autocheckpoint = 0;
@@ -148,7 +149,11 @@ class Store:
             # Made by us, so that nobody else can read it from its first moment; the log inherits the mode.
             os.close(os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
             self._connect()
-            self._prepare(now)
+            try:
+                self._prepare(now)
+            except apsw.Error:
+                self.drop()
+                raise
         except apsw.NotADBError:
             raise SpoolError(f"{self.path}: not a database") from None
         except apsw.Error as error:
@@ -160,14 +165,20 @@ class Store:
         _flush_again(Path(f"{self.path}-wal"))
         self._db = db = apsw.Connection(str(self.path))
         self._run = db.cursor()
-        self._check_format()  # before anything is changed in what may be another program's
-        # A close must not checkpoint by itself: not what is undecided, and not on the loop.
-        db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-        db.set_busy_timeout(0)
-        self._run.execute(_PRAGMAS).fetchall()
-        if self._number("PRAGMA journal_mode") != "wal":
-            raise SpoolError(f"{self.path}: the file system does not allow a write-ahead log")
         self._written = 0
+        try:
+            # A close must not checkpoint by itself: not what is undecided, and not on the loop.
+            db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
+            db.set_busy_timeout(0)
+            self._check_format()  # before anything is changed in what may be another program's
+            if not self._tables():
+                self._run.execute(_NEW_FILE)
+            self._run.execute(_PRAGMAS).fetchall()
+            if self._number("PRAGMA journal_mode") != "wal":
+                raise SpoolError(f"{self.path}: the file system does not allow a write-ahead log")
+        except (apsw.Error, SpoolError):
+            self.drop()
+            raise
 
     def _check_format(self) -> None:
         application = self._number("PRAGMA application_id")
@@ -189,7 +200,7 @@ class Store:
 
     def recover(self, keys: Sequence[int]) -> None:
         """Opens it anew and makes sure that the messages `keys` are gone for good, before anyone is told."""
-        self._db.close(True)
+        self.drop()
         self._connect()
         for start in range(0, len(keys), ROWS // 2):
             chunk = [(key, key) for key in keys[start : start + ROWS // 2]]
@@ -207,7 +218,11 @@ class Store:
         except apsw.BusyError:
             pass
         finally:
-            self._db.close(True)
+            self.drop()
+
+    def drop(self) -> None:
+        """Closes, and nothing else; also twice."""
+        self._db.close(True)
 
     # --- a batch ---
 
@@ -235,19 +250,22 @@ class Store:
         self._run.execute("COMMIT")
         return self._pages() - self._written >= CHECKPOINT_PAGES
 
-    def checkpoint(self) -> tuple[int, int]:
-        """Writes the log into the database. Pages in the log that a reader holds; free pages in the database."""
+    def checkpoint(self) -> int:
+        """Writes the log into the database; how many pages stayed in it because of a reader."""
         self._written = self._pages()
         try:
             log, done = self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
         except apsw.BusyError:  # somebody else is at it
             log, done = CHECKPOINT_PAGES, 0
-        return log - done, int(self._number("PRAGMA freelist_count"))
+        return log - done
 
-    def vacuum(self) -> int:
-        """Gives some free pages back; how many are left."""
+    def vacuum(self) -> bool:
+        """Gives some free pages back; whether there is more to give."""
+        before = int(self._number("PRAGMA freelist_count"))
+        if before <= SPARE_PAGES:
+            return False
         self._run.execute(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
-        return int(self._number("PRAGMA freelist_count"))
+        return SPARE_PAGES < int(self._number("PRAGMA freelist_count")) < before
 
     # --- at start ---
 
@@ -340,11 +358,11 @@ class Reader:
 
     def body(self, key: int) -> tuple[bytes | None, int]:
         """The body (None: it is in a file) and its checksum. Raises LookupError: there is no such message."""
-        row = self._cursor().execute("SELECT body, crc FROM message WHERE key = ?", (key,)).fetchone()
-        if row is None:
+        # All rows are fetched: a statement that stops halfway would keep the log from being reused.
+        rows = self._cursor().execute("SELECT body, crc FROM message WHERE key = ?", (key,)).fetchall()
+        if not rows:
             raise LookupError(key)
-        body, crc = row
-        return body, int(crc)
+        return cast("tuple[bytes | None, int]", rows[0])
 
     def _get(self, query: str, values: Sequence[int | str]) -> int | str | None:
         value: int | str | None = self._cursor().execute(query, values).get

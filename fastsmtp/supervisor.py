@@ -28,11 +28,10 @@ from .claim import Listening, StartError, bind, drop_privileges, find_account, m
 from .config import Config
 from .log import Log, open_log
 from .metrics import Counter
-from .seat import Seat
+from .seat import EXIT_CANNOT_START, Seat
 
 Worker = Callable[[Config, Seat], int]
 
-EXIT_CANNOT_START = 78  # EX_CONFIG: what a worker returns that cannot start; it has logged why
 EXIT_BUG = 70  # EX_SOFTWARE: an exception came out of a worker
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 

@@ -7,7 +7,7 @@ transport knows neither queue nor spool. `deliver` never raises for what a disk 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Sequence
 from enum import Enum
 from typing import Protocol
 
@@ -43,6 +43,7 @@ class Outcome:
         self.scope = scope
 
 
+# The one outcome of success: told by identity.
 DELIVERED = Outcome(Result.DELIVERED, "2.0.0", "delivered")
 
 
@@ -67,8 +68,10 @@ class Transport(Protocol):
     any_octets: bool
     needs_body: bool
 
-    async def deliver(self, deliveries: Sequence[Delivery]) -> Sequence[Sequence[Outcome]]:
-        """For each delivery, the outcomes of its recipients in their order."""
+    def deliver(
+        self, deliveries: Sequence[Delivery]
+    ) -> Sequence[Sequence[Outcome]] | Awaitable[Sequence[Sequence[Outcome]]]:
+        """For each delivery, the outcomes of its recipients in their order; or an awaitable of that."""
         ...
 
     async def close(self) -> None:

@@ -16,7 +16,7 @@ class Discard:
     any_octets = True
     needs_body = False
 
-    async def deliver(self, deliveries: Sequence[Delivery]) -> Sequence[Sequence[Outcome]]:
+    def deliver(self, deliveries: Sequence[Delivery]) -> Sequence[Sequence[Outcome]]:
         """Delivered, one and all."""
         return [[DELIVERED] * len(delivery.recipients) for delivery in deliveries]
 

@@ -1,11 +1,11 @@
 """Finds in the spool what the queue has not in memory and should have: two scans, each with a place it has reached.
 
-New mail (of an earlier run, or released untried) is found in the order of its keys; what was deferred, in the order of
-its due times. Both scans only move on, so that a thousand held jobs are not looked at again by each claim; what
-is released or deferred puts them back. A key that is held, or was while the claim ran, is never claimed:
-what the reader saw of it may be older than its marks. The statements run in the file thread, each under 100 ms.
-Not here: the marks and their commit. Errors of the reader end a claim early; nothing is skipped by them. A message
-that cannot be read back is given to `set_aside`.
+New mail (of an earlier run, or released untried) is found in the order of its keys; what was deferred, in the
+order of its due times. Both scans only move on, so that a thousand held jobs are not looked at again by each claim;
+a job that is given back puts them back. A key that is held, or was while the claim ran, is never claimed: what
+the reader saw of it may be older than its marks. The statements run in the file thread, each under 100 ms.
+Not here: the marks and their commit. Errors of the reader end a claim early; nothing is skipped by them. A
+message that cannot be read back is given to `set_aside`.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from .record import Loaded, parse_job
 from .store import Reader, parse_messages
 from .thread import OneThread
 
-SCAN = 4096  # recipients in one statement: 2 ms
-LOAD = 256  # messages in one statement
+SCAN = 1024  # recipients in one statement, and parsed on the loop at once: 1 ms
+LOAD = 128  # messages, likewise
 RETRY_SECONDS = 5.0  # after an error
 
 _NEW_START = (-1, -1)
 _NEW_END = (1 << 63) - 1, 0
 _DUE_START = (-(1 << 62), -1, -1)
-_DUE_END = ((1 << 63) - 1, 0, 0)
 
 
-class Claims:
+class Scan:
     """`held` are the jobs in memory by key; the spool adds and, through `let_go`, removes them."""
 
     def __init__(
@@ -49,12 +48,11 @@ class Claims:
         self._set_aside = set_aside
         self._new = _NEW_START
         self._due = _DUE_START
-        self._low_new = _NEW_END  # the lowest place asked for while a statement ran
-        self._low_due = _DUE_END
         self._next: float | None = None
         self._not_before = 0.0
         self._claiming = False
-        self._gone: set[int] = set()
+        self._gone: set[int] = set()  # let go since the claim began
+        self._returned: list[Job] = []  # put back since then
 
     def next_due(self) -> float | None:
         """When a claim may find something (0.0: now); None: not before something is released or deferred."""
@@ -70,21 +68,16 @@ class Claims:
 
     def put_back(self, job: Job) -> None:
         """What is pending of a job that was let go is to be found again."""
+        if self._claiming:  # this claim passes it over, and goes on behind it
+            self._returned.append(job)
+            return
         for number in job.pending:
             due = job.due.get(number)
             if due is None:
-                place = (job.key, -1)
-                self._new = min(self._new, place)
-                self._low_new = min(self._low_new, place)
+                self._new = min(self._new, (job.key, -1))
             else:
-                self.defer(due)
-
-    def defer(self, due: float) -> None:
-        """A recipient is due then."""
-        place = (int(due * 1000), -1, -1)
-        self._due = min(self._due, place)
-        self._low_due = min(self._low_due, place)
-        self._next = due if self._next is None else min(self._next, due)
+                self._due = min(self._due, (int(due * 1000), -1, -1))
+                self._next = due if self._next is None else min(self._next, due)
 
     async def claim(self, now: float, n: int) -> list[Job]:
         """Up to about `n` jobs; one claim at a time, a second gets nothing."""
@@ -106,10 +99,13 @@ class Claims:
         finally:
             self._claiming = False
             self._gone.clear()
+            returned, self._returned = self._returned, []
+            for job in returned:
+                self.put_back(job)
         return jobs
 
     async def _claim_new(self, n: int) -> list[Job]:
-        behind, self._low_new = self._new, _NEW_END
+        behind = self._new
         rows: list[tuple[int, int, int]] = json.loads(await self._thread.call(lambda: self._reader.new(behind, SCAN)))
         keys: dict[int, None] = {}
         reached = _NEW_END
@@ -124,11 +120,11 @@ class Claims:
             if len(rows) < SCAN:
                 reached = _NEW_END
         jobs = await self._load(list(keys))
-        self._new = min(reached, self._low_new)
+        self._new = reached
         return jobs
 
     async def _claim_due(self, now_ms: int, n: int) -> tuple[list[Job], bool]:
-        behind, self._low_due = self._due, _DUE_END
+        behind = self._due
         limit = min(SCAN, n)
         rows: list[tuple[int, int, int]] = json.loads(
             await self._thread.call(lambda: self._reader.due(behind, now_ms, limit))
@@ -140,10 +136,8 @@ class Claims:
         more = len(rows) == limit
         following = now_ms if more else await self._thread.call(lambda: self._reader.next_due(reached))
         jobs = await self._load(list({key: None for _, key, _ in rows if key not in self.held}))
-        self._due = min(reached, self._low_due)
+        self._due = reached
         self._next = None if following is None else following / 1000
-        if self._low_due != _DUE_END:
-            self.defer(self._low_due[0] / 1000)
         return jobs, more
 
     async def _load(self, keys: list[int]) -> list[Job]:
@@ -156,10 +150,12 @@ class Claims:
             except (ValueError, apsw.CorruptError):
                 rows += await self._load_each(chunk)
         jobs: list[Job] = []
-        for row in rows:
-            key = row[0]
+        found = {row[0]: row for row in rows}
+        for key in keys:
             try:
-                job = parse_job(row, self._bodies)
+                job = parse_job(found[key], self._bodies)
+            except KeyError:
+                continue  # finished meanwhile, or set aside just now
             except ValueError as error:
                 self._set_aside(key, f"its record cannot be read: {error}")
                 continue
