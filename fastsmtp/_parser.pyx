@@ -448,7 +448,7 @@ cdef class Parser:
             self._position += used
             self._text.read += used
             self._inspect(target, made, high)
-            if self._text.read > 10 * self._limit:
+            if (self._text.read - 1) // 10 >= self._limit:  # over ten times the limit, without overflow
                 return self._lost("too_much")
             if made == 0 or self._text.size > self._limit:
                 return self._body_end(True, b"") if ended else None

@@ -11,6 +11,7 @@ flush is never tried again. Message size and header size are the parser's to lim
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from zlib import crc32
 
 from ._files import append_file, fsync_dir
 from .ids import is_id
-from .room import Room
+from .room import Ballast, Room
 from .thread import OneThread
 
 PIECE = 512 << 10  # written and flushed at once; 20 MB in one flush made the p99 of commits 26 ms, 1 MB 6.6
@@ -31,16 +32,19 @@ SMALL = 512  # shorter chunks are joined: one-octet BDAT chunks cost 40 octets e
 class BodyFile:
     """A file that is being written; its methods run in the file thread, and raise OSError."""
 
-    __slots__ = ("_fd", "_made", "crc", "path")
+    __slots__ = ("_ballast", "_fd", "_made", "crc", "path")
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, ballast: Ballast) -> None:
         self.path = path
+        self._ballast = ballast
         self.crc = 0
         self._fd = -1
         self._made = False
 
     def append(self, parts: list[bytes]) -> None:
         """Writes and flushes."""
+        if not self._ballast.there:  # what it left free is the database's
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         if self._fd < 0:
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             self._fd = os.open(self.path, flags, 0o600)
@@ -180,7 +184,7 @@ class FileDraft:
     def _spill(self, chunk: bytes) -> bool:
         """What `write` does once there has to be a file."""
         if self._file is None:
-            self._file = BodyFile(self._bodies.directory / self.id)
+            self._file = BodyFile(self._bodies.directory / self.id, self._room.ballast)
             self._inline = -1
             self._head += b"".join(self._parts)
             self._waiting = self.size

@@ -19,8 +19,7 @@ from pathlib import Path
 
 from . import tls
 from .config import Config, Inet, Unix
-
-BACKLOG = 4096  # the kernel's somaxconn
+from .seat import BACKLOG
 
 
 class StartError(Exception):

@@ -105,6 +105,7 @@ class GroupCommit:
         self._busy = False  # a batch is being made, or the connection is the writer thread's
         self._quiet: Future[None] | None = None
         self._recovery: Task[None] | None = None
+        self._refused = Refused(UNHEALTHY, R451_LOCAL_ERROR)  # the answer while it is not healthy
         self._failures = 0  # commits that failed since the last that did not
         self._freed = 0  # octets of bodies deleted since free pages were last given back
         self._round = _Round()  # of the commit that runs
@@ -122,7 +123,7 @@ class GroupCommit:
             self._schedule()
         else:
             entry.draft.discard()
-            entry.answer(Refused(UNHEALTHY, R451_LOCAL_ERROR))
+            entry.answer(self._refused)
 
     def finish(self, job: Job, mark: Mark) -> None:
         """Takes what became of a recipient of a held job."""
@@ -315,26 +316,24 @@ class GroupCommit:
         self.healthy = False
         self.commits_failed += 1
         self._failures += 1
-        full = self._store.is_full(error)
+        self._refused = refusal(self._store.is_full(error))
         self._trouble.begins("commit", str(error))
-        self._recovery = self._loop.create_task(self._recover(full))
+        self._recovery = self._loop.create_task(self._recover(self._refused))
         self._tell_quiet()
 
-    async def _recover(self, full: bool) -> None:
+    async def _recover(self, refused: Refused) -> None:
         """Makes sure that nothing of the batch is there, then tells. Until it has worked nothing else is done."""
         work = self._round
-        refused = refusal(full)
         undecided = work.entries
         keys = [entry.job.key for entry in undecided]
         delay = 1.0
-        if full:
-            self._room.ballast.give_up()
-            self._room.look_again()
-        while not await self._try_recovery(keys):
+        # For what the disk is full of, or so that SQLite does not meet a full one while it opens
+        self._room.ballast.give_up()
+        self._room.look_again()
+        while not await self._try_recovery(keys, refused):
             self._answer(work.entries, Refused(UNDECIDED, None))
             work.entries = []
             self._refuse_waiting(refused)
-            self._room.ballast.give_up()
             await sleep(delay)
             delay = min(2 * delay, RETRY_SECONDS)
         for entry in undecided:
@@ -355,7 +354,7 @@ class GroupCommit:
         self._trouble.ends()
         self._next()
 
-    async def _try_recovery(self, keys: list[int]) -> bool:
+    async def _try_recovery(self, keys: list[int], refused: Refused) -> bool:
         try:
             await self._files.call(self._reader.close)
             await self._writer.call(partial(self._store.recover, keys))
@@ -363,6 +362,8 @@ class GroupCommit:
         except Exception as error:  # whatever it is, clients wait for an answer and mail for the next attempt
             self._trouble.begins("recovery", str(error))
             return False
+        if refused.reason != NO_ROOM:  # else when there is room
+            await self._files.call(self._room.ballast.make)
         return True
 
     def _refuse_waiting(self, refused: Refused) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ._shared import Shared
 
+BACKLOG = 4096  # clients that may wait in the kernel to be accepted: its somaxconn
 EXIT_CANNOT_START = 78  # EX_CONFIG: what a worker returns that cannot start; it has logged why
 
 

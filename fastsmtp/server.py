@@ -29,7 +29,6 @@ import uvloop
 
 from . import log as logs
 from .address import parse_address
-from .claim import BACKLOG
 from .config import Config, Discard, Listener, Maildir
 from .connection import Connection, Service, Times
 from .delivery import Transport
@@ -43,7 +42,7 @@ from .policy import Policy
 from .policy.recipients import Recipients
 from .queue import Backoff, Queue
 from .reply import R421_NOT_TAKING_MAIL, R452_NO_ROOM, Reply
-from .seat import EXIT_CANNOT_START, Seat
+from .seat import BACKLOG, EXIT_CANNOT_START, Seat
 from .session import Terms
 from .spool import Spool, SpoolError
 

@@ -71,6 +71,7 @@ class Spool:
         self._trouble = Trouble(log, str(directory), monotonic)
         self._room = Room(directory, min_free, memory, monotonic)
         self._store = Store(directory / "spool.db")
+        self._reader = Reader(self._store.path)
         self._lock = -1
         self._closing = False
         self._sealing = 0  # messages whose files are being flushed
@@ -79,7 +80,6 @@ class Spool:
         self._writer: OneThread
         self._files: OneThread
         self._bodies: Bodies
-        self._reader: Reader
         self._scan: Scan
         self._commit: GroupCommit
         self._ids: Ids
@@ -95,14 +95,15 @@ class Spool:
         except OSError as error:
             raise SpoolError(f"{error.filename or self._directory}: {error.strerror}") from error
         try:
-            self._open_store()
+            self._room.ballast.give_up()  # SQLite must not meet a full disk while it opens
+            self._store.open(self._wall())
             try:
                 self._recover_bodies(bodies)
-                self._reader = Reader(self._store.path)
                 self._reader.open()
                 self._ids = Ids(self._worker, self._store.newest(), self._wall)
                 backlog, broken = self._store.count()
             except (OSError, apsw.Error) as error:
+                self._reader.close()
                 self._store.drop()
                 raise SpoolError(f"{self._directory}: {error}") from error
         except SpoolError:
@@ -134,15 +135,6 @@ class Spool:
         await self._writer.close()
         await self._files.close()
         self._release_lock()
-
-    def _open_store(self) -> None:
-        try:
-            self._store.open(self._wall())
-        except SpoolError as error:
-            if not isinstance(error.__cause__, apsw.Error):
-                raise
-            self._room.ballast.give_up()  # a full disk has many faces: once more with some room
-            self._store.open(self._wall())
 
     def _take_lock(self) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW

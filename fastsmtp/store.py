@@ -29,6 +29,7 @@ OLDEST_SQLITE = (3, 51, 3)  # before it, two connections could corrupt the log b
 ROWS = 1000  # of a bulk change, in one transaction
 PAGE = 4096
 CHECKPOINT_PAGES = (4 << 20) // PAGE  # p99 of a commit over 1,000,000 rows: 29 ms at 4 MB, 182 ms at 64 MB
+INDEX_OCTETS = 128 << 10  # for a log of 64 MB
 VACUUM_PAGES = 64  # given back in one step: some milliseconds
 SPARE_PAGES = (16 << 20) // PAGE  # free pages that are kept for what comes next
 LATEST_DUE = 86_400  # seconds; no back-off is longer, so what is due later was written by a clock that was wrong
@@ -136,6 +137,7 @@ class Store:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._written = 0  # pages, when the log was last checkpointed
+        self._index = -1  # descriptor of the log's index
         self._db: apsw.Connection
         self._run: apsw.Cursor
 
@@ -176,9 +178,18 @@ class Store:
             self._run.execute(_PRAGMAS).fetchall()
             if self._number("PRAGMA journal_mode") != "wal":
                 raise SpoolError(f"{self.path}: the file system does not allow a write-ahead log")
-        except (apsw.Error, SpoolError):
+            self._tables()  # opens the log
+            self._allocate_index()
+        except (apsw.Error, OSError, SpoolError):
             self.drop()
             raise
+
+    def _allocate_index(self) -> None:
+        """Gives blocks to all of the log's index, which is mapped: where a block is less than a page (small ext4)
+        SQLite leaves holes, and writing to one on a full disk is SIGBUS. Closing this descriptor takes SQLite's
+        locks away (fcntl), so it is open as long as the connections are."""
+        self._index = os.open(f"{self.path}-shm", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        os.posix_fallocate(self._index, 0, INDEX_OCTETS)
 
     def _check_format(self) -> None:
         application = self._number("PRAGMA application_id")
@@ -221,8 +232,11 @@ class Store:
             self.drop()
 
     def drop(self) -> None:
-        """Closes, and nothing else; also twice."""
+        """Closes, and nothing else; also twice. A Reader must be closed before."""
         self._db.close(True)
+        index, self._index = self._index, -1
+        if index >= 0:
+            os.close(index)
 
     # --- a batch ---
 
@@ -301,10 +315,9 @@ class Store:
         full = (errno.ENOSPC, errno.EDQUOT)
         if isinstance(error, OSError):
             return error.errno in full
-        # A quota's end is an I/O error to SQLite; system_errno is of the last such error only.
-        return isinstance(error, apsw.FullError) or (
-            isinstance(error, (apsw.IOError, apsw.CantOpenError)) and self._db.system_errno in full
-        )
+        if isinstance(error, apsw.IOError):  # a quota's end is one to SQLite
+            return self._db.system_errno in full  # of the last such error
+        return isinstance(error, apsw.FullError)
 
     def _tables(self) -> bool:
         return bool(self._number("SELECT count(*) FROM sqlite_schema"))

@@ -1,0 +1,99 @@
+"""A whole transaction without sockets: octets in, session, policy, a keeper that keeps nothing, reply octets out.
+
+What the loop and the kernel cost comes on top; `loadtest` measures that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from fastsmtp._shared import Shared
+from fastsmtp.connection import Connection, Service
+from fastsmtp.domains import Domain, Domains
+from fastsmtp.log import Log
+from fastsmtp.memory_spool import MemorySpool
+from fastsmtp.metrics import Counter
+from fastsmtp.policy import Policy
+from fastsmtp.policy.recipients import Recipients
+from fastsmtp.session import Terms
+
+MESSAGE = b"Subject: bench\r\n\r\n" + (b"X" * 78 + b"\r\n") * 12 + b".\r\n"
+STEPS = (b"MAIL FROM:<a@x.test>\r\n", b"RCPT TO:<b@y.test>\r\n", b"DATA\r\n", MESSAGE)
+
+
+class Transport:
+    """Takes replies and forgets them."""
+
+    def get_extra_info(self, name: str) -> object:
+        return ("192.0.2.1", 1) if name == "peername" else None
+
+    def write(self, octets: bytes) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Forgetful(MemorySpool):
+    """Its queue has delivered before it is told."""
+
+    def _hand_over(self) -> None:
+        for job in self._stored:
+            del self._jobs[job.key]
+            self.used -= job.held
+        self._stored = []
+
+
+@pytest.fixture
+def connect() -> Iterator[Callable[[], Connection]]:
+    loop = asyncio.new_event_loop()
+    sink = os.open(os.devnull, os.O_WRONLY)
+    log = Log(sink, False, time.time, threaded=False)
+    keeper = Forgetful(0, loop=loop, memory=1 << 40)
+    policy = Policy([Recipients(Domains([Domain("*", "discard")], "mx.test"))], log)
+    terms = Terms(
+        "mx.test", "mx", next_id=keeper.next_id, room=lambda _: None, now=time.time, asks=policy.stages, any_octets=True
+    )
+    service = Service("bench", terms, loop=loop, keeper=keeper, policy=policy, log=log, shared=Shared(1, len(Counter)))
+
+    def make() -> Connection:
+        log.flush()
+        keeper._hand_over()
+        connection = Connection(service)
+        connection.connection_made(Transport())  # type: ignore[arg-type]
+        connection.data_received(b"EHLO client.test\r\n")
+        return connection
+
+    yield make
+    log.close()
+    os.close(sink)
+    loop.close()
+
+
+def bench_transaction(benchmark: Any, connect: Callable[[], Connection]) -> None:
+    connection = connect()
+
+    def run() -> None:
+        for step in STEPS:
+            connection.data_received(step)
+
+    benchmark.pedantic(run, rounds=5000, warmup_rounds=500)
+    benchmark.extra_info["transactions/s"] = round(1 / benchmark.stats.stats.median)
+
+
+def bench_connection_with_one_transaction(benchmark: Any, connect: Callable[[], Connection]) -> None:
+    def run() -> None:
+        connection = connect()
+        for step in STEPS:
+            connection.data_received(step)
+        connection.data_received(b"QUIT\r\n")
+        connection.connection_lost(None)
+
+    benchmark.pedantic(run, rounds=3000, warmup_rounds=300)
+    benchmark.extra_info["transactions/s"] = round(1 / benchmark.stats.stats.median)
