@@ -444,7 +444,7 @@ class Spool(Table):
         "(`none`, for tests and benchmarks: mail is lost when the machine stops).",
     )
     inline: Size = Field(
-        parse_size("64KB"), description="Bodies up to this stand in the database, larger ones in a file each."
+        parse_size("128KB"), description="Bodies up to this stand in the database, larger ones in a file each."
     )
     min_free: Size = Field(
         parse_size("100MB"), description="Free space of the disk below which new mail is put off with 452."
@@ -455,7 +455,7 @@ class Queue(Table):
     """When a delivery that failed for now is tried again."""
 
     retry: Duration = Field(parse_duration("5m"), gt=0, description="The first wait; it doubles from try to try.")
-    retry_max: Duration = Field(parse_duration("4h"), gt=0, description="The longest wait.")
+    retry_max: Duration = Field(parse_duration("4h"), gt=0, le=86400, description="The longest wait.")
 
     @field_validator("retry_max")
     @classmethod

@@ -99,13 +99,21 @@ class Queue:
             self._start(lane)
 
     def tick(self) -> None:
-        """Called once a second: claims what is due, and wakes what rested."""
+        """Called once a second: wakes what rested, and claims what is due."""
         if self._closing or not self._backlog.healthy:
             return
         for lane in self._lanes.values():
             self._start(lane)
+        self._look_for_more()
+
+    def _look_for_more(self) -> None:
+        """Claims what is due, as long as what waits already is little."""
+        if self._claiming or self._closing or self._waiting >= IN_MEMORY:
+            return
+        if self._waiting and self._backlog.over_budget:
+            return
         due = self._backlog.next_due()
-        if due is not None and due <= self._now() and not self._claiming and self._waiting < IN_MEMORY:
+        if due is not None and due <= self._now():
             self._claiming = True
             self._run(self._claim())
 
@@ -127,8 +135,12 @@ class Queue:
         recipients = message.envelope.recipients
         lanes: dict[str, list[int]] = {}
         marks = []
+        if job.due:
+            now = self._now()
         for number in job.pending:
             recipient = recipients[number]
+            if job.due and job.due.get(number, 0.0) > now:
+                continue
             if recipient.fault:
                 marks.append(self._mark(job, number, Outcome(Result.FAILED, "5.4.6", recipient.fault), ""))
                 continue
@@ -139,8 +151,11 @@ class Queue:
                 lanes[name].append(number)
             else:
                 lanes[name] = [number]
-        if lanes and self._backlog.over_budget:
+        if self._backlog.over_budget and lanes:
             self._backlog.drop(job)
+            if self._backlog.over_budget and self._waiting:
+                # Not even what is known about it has room: the spool gives it back when others are done.
+                lanes.clear()
         for name, numbers in lanes.items():
             chosen = [recipients[number] for number in numbers]
             self._lanes[name].waiting.append((job, Delivery(message, chosen, numbers)))
@@ -148,6 +163,7 @@ class Queue:
             self._waiting += 1
         if marks:
             self._backlog.finish(marks)
+        if not lanes:
             self._let_go(job)
 
     def _let_go(self, job: Job) -> None:
@@ -242,6 +258,8 @@ class Queue:
             job.deliveries -= 1
             if job.pending:
                 self._let_go(job)
+        if self._waiting < CLAIM:
+            self._look_for_more()
 
     def _mark(self, job: Job, number: int, outcome: Outcome, transport: str) -> Mark:
         """What the spool is told of an attempt that did not deliver."""

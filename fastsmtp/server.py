@@ -89,6 +89,7 @@ class Worker:
         self._stop = asyncio.Event()
         self._accepted = 0  # messages, at the last tick
         self._idle = 0
+        self._commits = (0, 0)  # flushed and failed, at the last tick
 
     async def serve(self) -> int:
         self._loop = asyncio.get_running_loop()
@@ -269,11 +270,19 @@ class Worker:
         for queue in self._queues:
             queue.tick()
         guard_descriptors(self._doors, self._log)
+        self._count_commits()
         accepted = self._seat.shared.total(Counter.MESSAGES_ACCEPTED)
         self._idle = self._idle + 1 if accepted == self._accepted else 0
         self._accepted = accepted
         if self._idle == IDLE_TICKS:
             gc.collect()
+
+    def _count_commits(self) -> None:
+        totals = [spool.commits for spool in self._spools if isinstance(spool, Spool)]
+        flushed, failed = sum(total[0] for total in totals), sum(total[1] for total in totals)
+        self._count(Counter.COMMITS, flushed - self._commits[0])
+        self._count(Counter.COMMITS_FAILED, failed - self._commits[1])
+        self._commits = (flushed, failed)
 
     def _flush_log(self) -> None:
         self._loop.call_later(LOG_SECONDS, self._flush_log)
