@@ -1,0 +1,427 @@
+"""queue: jobs from a real spool into scripted transports; what is tried, when again, and what the spool is told."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import uvloop
+
+from fastsmtp.address import Address, parse_address
+from fastsmtp.delivery import DELIVERED, Delivery, Outcome, Result
+from fastsmtp.delivery.discard import Discard
+from fastsmtp.job import Job
+from fastsmtp.log import Log
+from fastsmtp.memory_spool import MemorySpool
+from fastsmtp.message import Content, Envelope, Message, Recipient
+from fastsmtp.metrics import Counter
+from fastsmtp.queue import Backoff, Queue
+from fastsmtp.spool import Spool
+from fastsmtp.verdict import STORED, Refused, Stored
+
+LATER = Outcome(Result.DEFERRED, "4.2.0", "not now")
+NEVER = Outcome(Result.FAILED, "5.1.1", "no such mailbox")
+
+
+class Scripted:
+    """A transport that answers from a list, and remembers what it was given; without a script it delivers."""
+
+    any_octets = True
+    needs_body = True
+
+    def __init__(self, *script: Outcome | Exception) -> None:
+        self.script = list(script)
+        self.batches: list[list[tuple[str, bytes]]] = []
+        self.gate: asyncio.Event | None = None
+
+    async def deliver(self, deliveries: Sequence[Delivery]) -> Sequence[Sequence[Outcome]]:
+        self.batches.append(
+            [
+                (str(recipient.address), _body(delivery.message))
+                for delivery in deliveries
+                for recipient in delivery.recipients
+            ]
+        )
+        if self.gate is not None:
+            await self.gate.wait()
+        step = self.script.pop(0) if self.script else DELIVERED
+        if isinstance(step, Exception):
+            raise step
+        return [[step] * len(delivery.recipients) for delivery in deliveries]
+
+    async def close(self) -> None:
+        pass
+
+    @property
+    def tried(self) -> list[str]:
+        return [address for batch in self.batches for address, _ in batch]
+
+
+def _body(message: Message) -> bytes:
+    if message.parts is None:
+        return Path(message.file).read_bytes()
+    return b"".join(message.parts)
+
+
+class Bench:
+    """A spool, a queue, a log that can be read, and a clock that can be set."""
+
+    def __init__(self, spool: Spool | MemorySpool, log: Log, transports: dict[str, Scripted | Discard]) -> None:
+        self.spool = spool
+        self.ahead = 0.0
+        self.counts: dict[Counter, int] = {}
+        self.queue = Queue(
+            spool,
+            transports,
+            self.route,
+            log=log,
+            count=self.count,
+            now=lambda: time.time() + self.ahead,
+            backoff=Backoff(60.0, 600.0),
+            chance=lambda: 0.5,
+        )
+
+    def route(self, address: Address) -> tuple[str, Address]:
+        return address.domain.partition(".")[0], address
+
+    def count(self, counter: Counter, n: int) -> None:
+        self.counts[counter] = self.counts.get(counter, 0) + n
+
+    async def keep(self, *recipients: str, body: bytes = b"body\r\n", fault: str = "") -> None:
+        envelope = Envelope(parse_address("a@x.test"))
+        envelope.id = self.spool.next_id()
+        envelope.recipients = [Recipient(parse_address(recipient), fault=fault) for recipient in recipients]
+        draft = self.spool.draft(envelope.id, lambda: None)
+        draft.write(body)
+        answered: asyncio.Future[Stored | Refused] = asyncio.get_running_loop().create_future()
+        message = Message(envelope, b"", None, len(body), len(body), Content.NONE, time.time())
+        self.spool.append(message, draft, answered.set_result)
+        assert await answered is STORED
+
+    async def settle(self) -> None:
+        """Until nothing happens any more."""
+        for _ in range(400):
+            await asyncio.sleep(0.005)
+            if self.queue.idle:
+                await asyncio.sleep(0.05)
+                if self.queue.idle:
+                    return
+        raise AssertionError("the queue does not come to rest")
+
+    async def pass_time(self, seconds: float) -> None:
+        self.ahead += seconds
+        self.queue.tick()
+        await self.settle()
+
+
+@pytest.fixture
+def log() -> Iterator[tuple[Log, Callable[[], list[dict[str, object]]]]]:
+    with tempfile.TemporaryFile() as file:
+        log = Log(file.fileno(), False, time.time, threaded=False)
+
+        def lines() -> list[dict[str, object]]:
+            log.flush()
+            size = os.fstat(file.fileno()).st_size
+            return [json.loads(line) for line in os.pread(file.fileno(), size, 0).splitlines()]
+
+        yield log, lines
+        log.close()
+
+
+Logged = tuple[Log, Callable[[], list[dict[str, object]]]]
+Kinds = ("memory", "disk")
+
+
+def play(
+    kind: str,
+    log: Log,
+    folder: Path,
+    transports: dict[str, Scripted | Discard],
+    test: Callable[[Bench], Awaitable[None]],
+) -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        spool: Spool | MemorySpool
+        if kind == "memory":
+            spool = MemorySpool(0, loop=loop, memory=1 << 26)
+        else:
+            spool = Spool(folder / "spool", 0, loop=loop, log=log, inline=1 << 16, min_free=0, memory=1 << 26)
+        spool.open()
+        bench = Bench(spool, log, transports)
+        await asyncio.wait_for(test(bench), 60)
+        await bench.queue.close()
+        await spool.close()
+
+    uvloop.run(main())
+
+
+@pytest.mark.parametrize("kind", Kinds)
+def test_delivered_and_forgotten(kind: str, log: Logged, tmp_path: Path) -> None:
+    box = Scripted()
+
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@box.test", "c@box.test")
+        await bench.settle()
+        assert box.batches == [[("b@box.test", b"body\r\n"), ("c@box.test", b"body\r\n")]]
+        assert bench.spool.backlog == 0
+        assert bench.counts == {Counter.RECIPIENTS_DELIVERED: 2}
+        await bench.pass_time(10_000)
+        assert len(box.batches) == 1
+
+    play(kind, log[0], tmp_path, {"box": box}, test)
+    assert [line["to"] for line in log[1]() if line["event"] == "delivered"] == ["b@box.test", "c@box.test"]
+
+
+@pytest.mark.parametrize("kind", Kinds)
+def test_a_transport_that_need_not_wait(kind: str, log: Logged, tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        for _ in range(20):
+            await bench.keep("b@discard.test")
+        await bench.settle()
+        assert bench.spool.backlog == 0
+
+    play(kind, log[0], tmp_path, {"discard": Discard()}, test)
+
+
+@pytest.mark.parametrize("kind", Kinds)
+def test_back_off_doubles_up_to_the_longest(kind: str, log: Logged, tmp_path: Path) -> None:
+    box = Scripted(*[LATER] * 6)
+
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@box.test")
+        await bench.settle()
+        for number, wait in enumerate([60, 120, 240, 480, 600, 600], 1):
+            assert len(box.batches) == number
+            await bench.pass_time(wait - 10)
+            assert len(box.batches) == number, "too early"
+            await bench.pass_time(12)
+        assert len(box.batches) == 7
+        assert bench.spool.backlog == 0
+
+    play(kind, log[0], tmp_path, {"box": box}, test)
+    deferred = [line for line in log[1]() if line["event"] == "deferred"]
+    assert [line["attempts"] for line in deferred] == [1, 2, 3, 4, 5, 6]
+    assert [line["retry"] for line in deferred] == [60, 120, 240, 480, 600, 600]
+    assert deferred[0]["why"] == "not now"
+
+
+def test_jitter_stays_within_a_tenth() -> None:
+    backoff = Backoff(100.0, 1000.0)
+    assert backoff.wait(1, lambda: 0.0) == pytest.approx(90.0)
+    assert backoff.wait(1, lambda: 1.0) == pytest.approx(110.0)
+    assert backoff.wait(500, lambda: 0.5) == pytest.approx(1000.0)
+
+
+@pytest.mark.parametrize("kind", Kinds)
+def test_only_the_recipient_that_failed_is_tried_again(kind: str, log: Logged, tmp_path: Path) -> None:
+    good, bad = Scripted(), Scripted(LATER)
+
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@good.test", "c@bad.test")
+        await bench.settle()
+        assert bench.spool.backlog == 1
+        await bench.pass_time(70)
+        assert good.tried == ["b@good.test"]
+        assert bad.tried == ["c@bad.test"] * 2
+        assert bench.spool.backlog == 0
+
+    play(kind, log[0], tmp_path, {"good": good, "bad": bad}, test)
+
+
+@pytest.mark.parametrize("kind", Kinds)
+def test_recipients_with_different_times_are_tried_at_their_own(kind: str, log: Logged, tmp_path: Path) -> None:
+    fast, slow = Scripted(LATER, LATER), Scripted(NEVER)
+
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@fast.test", "c@slow.test")
+        await bench.settle()
+        await bench.pass_time(70)
+        assert (len(fast.tried), len(slow.tried)) == (2, 1)
+        await bench.pass_time(600)
+        assert (len(fast.tried), len(slow.tried)) == (3, 2)
+
+    play(kind, log[0], tmp_path, {"fast": fast, "slow": slow}, test)
+
+
+@pytest.mark.parametrize("kind", Kinds)
+def test_what_fails_for_good_is_not_given_up(kind: str, log: Logged, tmp_path: Path) -> None:
+    box = Scripted(NEVER)
+
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@box.test")
+        await bench.settle()
+        assert bench.spool.backlog == 1
+        assert bench.counts[Counter.RECIPIENTS_FAILED] == 1
+        await bench.pass_time(610)
+        assert bench.spool.backlog == 0
+
+    play(kind, log[0], tmp_path, {"box": box}, test)
+
+
+@pytest.mark.parametrize("kind", Kinds)
+def test_a_recipient_with_a_fault_reaches_no_transport(kind: str, log: Logged, tmp_path: Path) -> None:
+    box = Scripted()
+
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@box.test", fault="Mail loop")
+        await bench.settle()
+        assert box.batches == []
+        assert bench.spool.backlog == 1
+
+    play(kind, log[0], tmp_path, {"box": box}, test)
+    assert [(line["status"], line["why"]) for line in log[1]() if line["event"] == "deferred"] == [
+        ("5.4.6", "Mail loop")
+    ]
+
+
+@pytest.mark.parametrize("kind", Kinds)
+def test_a_transport_that_is_gone_defers(kind: str, log: Logged, tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@gone.test")
+        await bench.settle()
+        assert bench.spool.backlog == 1
+
+    play(kind, log[0], tmp_path, {}, test)
+    assert [line["status"] for line in log[1]() if line["event"] == "deferred"] == ["4.3.5"]
+
+
+@pytest.mark.parametrize("kind", Kinds)
+def test_a_transport_that_raises_is_a_bug_and_loses_nothing(kind: str, log: Logged, tmp_path: Path) -> None:
+    box = Scripted(RuntimeError("broken"))
+
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@box.test")
+        await bench.settle()
+        assert bench.spool.backlog == 1
+        await bench.pass_time(70)
+        assert bench.spool.backlog == 0
+
+    play(kind, log[0], tmp_path, {"box": box}, test)
+    assert len([line for line in log[1]() if line["event"] == "bug"]) == 1
+
+
+def test_a_slow_lane_delays_no_other(log: Logged, tmp_path: Path) -> None:
+    slow, fast = Scripted(), Scripted()
+
+    async def test(bench: Bench) -> None:
+        slow.gate = asyncio.Event()
+        await bench.keep("b@slow.test")
+        for _ in range(10):
+            await bench.keep("c@fast.test")
+        for _ in range(200):
+            await asyncio.sleep(0.005)
+            if len(fast.tried) == 10:
+                break
+        assert len(fast.tried) == 10
+        assert bench.spool.backlog == 1
+        slow.gate.set()
+        await bench.settle()
+        assert bench.spool.backlog == 0
+
+    play("disk", log[0], tmp_path, {"slow": slow, "fast": fast}, test)
+
+
+def test_what_arrives_while_a_batch_is_delivered_makes_the_next_one(log: Logged, tmp_path: Path) -> None:
+    box = Scripted()
+
+    async def test(bench: Bench) -> None:
+        box.gate = asyncio.Event()
+        await bench.keep("first@box.test")
+        await asyncio.sleep(0.05)
+        for number in range(25):
+            await bench.keep(f"b{number}@box.test")
+        box.gate.set()
+        await bench.settle()
+        assert [len(batch) for batch in box.batches] == [1, 25]
+
+    play("disk", log[0], tmp_path, {"box": box}, test)
+
+
+def test_a_restart_goes_on_where_it_was(log: Logged, tmp_path: Path) -> None:
+    before, after = Scripted(LATER), Scripted()
+
+    async def first(bench: Bench) -> None:
+        await bench.keep("deferred@box.test")
+        await bench.settle()
+        before.gate = asyncio.Event()
+        await bench.keep("under-way@box.test", body=b"first\r\n" * 30_000)
+        await asyncio.sleep(0.05)
+        before.gate.set()
+        bench.queue._closing = True  # what is delivered now is never marked: the process is about to be gone
+        before.script = [LATER]
+
+    play("disk", log[0], tmp_path, {"box": before}, first)
+
+    async def second(bench: Bench) -> None:
+        bench.ahead = 700.0
+        for _ in range(5):
+            await bench.pass_time(1)
+        assert sorted(after.tried) == ["deferred@box.test", "under-way@box.test"]
+        assert dict(batch for each in after.batches for batch in each)["under-way@box.test"] == b"first\r\n" * 30_000
+        assert bench.spool.backlog == 0
+
+    play("disk", log[0], tmp_path, {"box": after}, second)
+
+
+def test_a_backlog_larger_than_memory_is_drained(log: Logged, tmp_path: Path) -> None:
+    """Bodies are dropped, whole jobs given back, and all of them delivered in the end, each once."""
+    box = Scripted()
+
+    async def test(bench: Bench) -> None:
+        assert isinstance(bench.spool, Spool)
+        box.gate = asyncio.Event()
+        bodies = {}
+        for number in range(60):
+            address = f"b{number}@box.test"
+            bodies[address] = b"%d\r\n" % number * 20_000
+            await bench.keep(address, body=bodies[address])
+        assert bench.spool.backlog == 60
+        box.gate.set()
+        for _ in range(20):
+            await bench.pass_time(0)
+        delivered = [entry for batch in box.batches for entry in batch]
+        assert len(delivered) == 60
+        assert dict(delivered) == bodies
+        assert bench.spool.backlog == 0
+
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        spool = Spool(tmp_path / "spool", 0, loop=loop, log=log[0], inline=1 << 20, min_free=0, memory=600_000)
+        spool.open()
+        bench = Bench(spool, log[0], {"box": box})
+        await asyncio.wait_for(test(bench), 60)
+        await bench.queue.close()
+        await spool.close()
+
+    uvloop.run(main())
+
+
+def test_jobs_of_an_unhealthy_spool_are_not_delivered(log: Logged, tmp_path: Path) -> None:
+    box = Scripted()
+
+    async def test(bench: Bench) -> None:
+        assert isinstance(bench.spool, MemorySpool)
+        bench.spool.healthy = False
+        job = Job(1, _message(bench), [0], checked=True)
+        bench.spool._jobs[1] = job
+        bench.queue.offer([job])
+        await asyncio.sleep(0.02)
+        assert box.batches == []
+        bench.spool.healthy = True
+        await bench.pass_time(1)
+        assert box.tried == ["b@box.test"]
+
+    play("memory", log[0], tmp_path, {"box": box}, test)
+
+
+def _message(bench: Bench) -> Message:
+    envelope = Envelope(parse_address("a@x.test"))
+    envelope.id = bench.spool.next_id()
+    envelope.recipients = [Recipient(parse_address("b@box.test"))]
+    return Message(envelope, b"", [b"x"], 1, 1, Content.NONE, time.time())
