@@ -455,13 +455,16 @@ class Queue(Table):
     """When a delivery that failed for now is tried again."""
 
     retry: Duration = Field(parse_duration("5m"), gt=0, description="The first wait; it doubles from try to try.")
-    retry_max: Duration = Field(parse_duration("4h"), gt=0, le=86400, description="The longest wait.")
+    retry_max: Duration = Field(parse_duration("4h"), gt=0, description="The longest wait, at most a day.")
 
     @field_validator("retry_max")
     @classmethod
     def _check_order(cls, value: float, info: ValidationInfo) -> float:
         if value < info.data.get("retry", 0):
             raise ValueError("no less than retry")
+        # At start the spool takes a time further ahead for the work of a wrong clock, and tries at once.
+        if value > parse_duration("1d"):
+            raise ValueError("at most 1d")
         return value
 
 

@@ -161,10 +161,10 @@ class Service:
         return [connection for each in self.rounds for connection in each]
 
     def tick(self) -> None:
-        """Called once a second: checks the connections whose turn it is."""
+        """Called once a second: checks the connections whose turn it is; all of them when the end is waited for."""
         self.turn = (self.turn + 1) % len(self.rounds)
         now = time.monotonic()
-        for connection in tuple(self.rounds[self.turn]):
+        for connection in self.connections() if self.draining else tuple(self.rounds[self.turn]):
             connection.check(now)
 
     def drain(self) -> None:
@@ -345,8 +345,11 @@ class Connection(asyncio.Protocol):
             self._bug(error)
         finally:
             self.pumping = False
-        if self.out:
-            self._flush()
+        out = self.out
+        if out:
+            if self.transport is not None:
+                self.transport.write(out[0] if len(out) == 1 else b"".join(out))
+            out.clear()
         if self.end == "eof" and not self.busy and not self.closing and self.transport is not None:
             self.transport.close()
         if self.paused and self.paused & Pause.UNREAD and parser.unread <= UNREAD_LIMIT:
@@ -390,9 +393,7 @@ class Connection(asyncio.Protocol):
                     | Content.EIGHT_BIT_HEADER * end.eight_bit_header
                     | Content.BINARY * (answer.envelope.body == "BINARYMIME")
                 )
-            message = Message(
-                answer.envelope, answer.prefix, None, end.size, end.header_end, content, self.service.terms.now()
-            )
+            message = Message(answer.envelope, answer.prefix, None, end.size, end.header_end, content, answer.arrived)
             self.draft = None
             self._resume(Pause.DRAFT)
             self.message = message
@@ -449,7 +450,6 @@ class Connection(asyncio.Protocol):
                 self.parser.data(self.session.terms.message_size)
             elif answer.then is Then.TLS:
                 self.busy = True
-                self._abandon()
                 self._flush()
                 # What arrives before the handshake has begun is its own.
                 self._pause(Pause.HANDSHAKE)
@@ -526,6 +526,7 @@ class Connection(asyncio.Protocol):
         reset that answers its next octets: it is given some seconds to read it."""
         self.end = end
         self.closing = True
+        self.since = 0.0
         self.parser.discard()
         self._flush()
         transport = self.transport

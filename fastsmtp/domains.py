@@ -57,25 +57,23 @@ class Domains:
                 return row
         return rows.get("*")
 
-    def resolve(self, address: Address) -> Address | None:
-        """The mailbox that a recipient stands for, itself as a rule; None when it is unknown in its domain.
-
-        The domain must be served: `find` says so. A mailbox of a case-sensitive domain carries its own key.
-        """
-        if address.local.lower() == "postmaster":
+    def resolve(self, address: Address, row: Domain | None) -> Address | None:
+        """The mailbox that a recipient stands for, itself as a rule; None when it is unknown. `row` is what serves its
+        domain. A mailbox of a case-sensitive domain carries its own key."""
+        local = address.local
+        if len(local) == 10 and local.lower() == "postmaster":
             if self.postmaster is not None:
                 return self.postmaster
-            if not address.domain:
-                return Address("postmaster", self.hostname)
-            return address
-        row = self.find(address.domain)
+            return address if address.domain else Address("postmaster", self.hostname)
         if row is None or (row.recipients is not None and row.key(address) not in row.recipients):
             return None
-        return Address(address.local, address.domain, f"{address}") if row.case_sensitive else address
+        return Address(local, address.domain, f"{local}@{address.domain}") if row.case_sensitive else address
 
     def route(self, address: Address) -> tuple[str, Address]:
         """The transport for an accepted address ("" when none is left), and the mailbox that it stands for. A list
         that has changed since loses no mail."""
-        mailbox = self.resolve(address) or address
-        row = self._rows.get(mailbox.domain) or self.find(mailbox.domain)
+        row = self.find(address.domain)
+        mailbox = self.resolve(address, row) or address
+        if mailbox.domain != address.domain:
+            row = self.find(mailbox.domain)
         return (row.transport if row is not None else "", mailbox)

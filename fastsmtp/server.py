@@ -4,8 +4,7 @@ In: a configuration and a seat (listening sockets, TLS contexts, shared counters
 fork. Out: an exit code. Start: log, spools (a left-over spool of a worker that is no more is adopted and drained),
 transports, queues, listeners; then the garbage collector is told that all of it stays. End, at SIGTERM or when the
 supervisor is gone: listeners close, idle sessions hear 421, what is under way is finished within a limit, then queue
-and spool close. Descriptors are counted: below a reserve the listeners close and clients wait in the kernel, for at the
-limit libuv would accept and drop them unheard.
+and spool close. Descriptors are counted: below a reserve the listeners close and clients wait in the kernel.
 Not here: processes and privileges (supervisor), what a session does.
 """
 
@@ -47,7 +46,7 @@ from .session import Terms
 from .spool import Spool, SpoolError
 
 LOG_SECONDS = 0.05  # 2 µs a line, on the loop: more at once would be felt by sessions
-RESERVE = 64  # descriptors kept for mailboxes, bodies and whatever libraries open
+RESERVE = 64  # descriptors kept for mailboxes, bodies and whatever libraries open; a quarter where there are few
 IDLE_TICKS = 5  # seconds without a message after which garbage is collected
 
 
@@ -57,6 +56,8 @@ def run(config: Config, seat: Seat) -> int:
     sys.setswitchinterval(0.0005)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal's whole group; the supervisor sends SIGTERM
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))  # the lower one is for programs that use select(2)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(Worker(config, seat).serve())
 
@@ -86,6 +87,7 @@ class Worker:
         self._transports: dict[str, Transport] = {}
         self._services: list[Service] = []
         self._doors: list[Door] = []
+        self._guard: Guard
         self._stop = asyncio.Event()
         self._accepted = 0  # messages, at the last tick
         self._idle = 0
@@ -128,13 +130,14 @@ class Worker:
         self._add_spool(self._open_spool(seat.index), domains)
         for left_over in self._left_over_spools():
             self._add_spool(self._open_spool(left_over), domains)
+        self._guard = Guard(self._loop, self._doors, len(seat.sockets), self._log)
         for number, listener in enumerate(config.listener):
             service = self._make_service(number, listener, domains)
             self._services.append(service)
             for owner, listening in seat.sockets:
                 if owner == number:
                     implicit = listener.tls == "implicit"
-                    self._doors.append(Door(service, listening, implicit, self._log))
+                    self._doors.append(Door(service, listening, implicit, self._guard))
 
     def _open_transport(self, section: Maildir | Discard) -> Transport:
         if isinstance(section, Discard):
@@ -269,7 +272,7 @@ class Worker:
             service.tick()
         for queue in self._queues:
             queue.tick()
-        guard_descriptors(self._doors, self._log)
+        self._guard.tick()
         self._count_commits()
         accepted = self._seat.shared.total(Counter.MESSAGES_ACCEPTED)
         self._idle = self._idle + 1 if accepted == self._accepted else 0
@@ -340,32 +343,41 @@ class Door:
     The socket itself stays open over a pause: clients wait in its queue.
     """
 
-    def __init__(self, service: Service, listening: socket.socket, implicit_tls: bool, log: Log) -> None:
+    def __init__(self, service: Service, listening: socket.socket, implicit_tls: bool, guard: Guard) -> None:
         self._service = service
         self._socket = listening
         self._implicit_tls = implicit_tls
-        self._log = log
+        self._guard = guard
         self._server: asyncio.AbstractServer | None = None
+        self._over = False
         self.is_open = False
 
     async def open(self) -> None:
+        if self._over:
+            return
         service = self._service
+        guard = self._guard
         self.is_open = True
         listening = self._socket.dup()
         context = service.context if self._implicit_tls else None
         timeout = service.times.tls if context else None
 
         def accept() -> Connection:
+            guard.admit()
             return Connection(service)
 
         if listening.family == socket.AF_UNIX:
-            self._server = await service.loop.create_unix_server(
-                accept, sock=listening, backlog=BACKLOG, ssl=context, ssl_handshake_timeout=timeout
+            server: asyncio.AbstractServer = await service.loop.create_unix_server(
+                accept, sock=listening, backlog=guard.backlog, ssl=context, ssl_handshake_timeout=timeout
             )
         else:
-            self._server = await service.loop.create_server(
-                accept, sock=listening, backlog=BACKLOG, ssl=context, ssl_handshake_timeout=timeout
+            server = await service.loop.create_server(
+                accept, sock=listening, backlog=guard.backlog, ssl=context, ssl_handshake_timeout=timeout
             )
+        if self.is_open:
+            self._server = server
+        else:
+            server.close()
 
     def reopen(self) -> None:
         self._service.run(self.open())
@@ -377,30 +389,65 @@ class Door:
             self._server = None
 
     def close_for_good(self) -> None:
+        self._over = True
         self.close()
         self._socket.close()
 
 
-def guard_descriptors(doors: list[Door], log: Log) -> None:
-    """Closes the doors when descriptors run short, and opens them when there are enough again.
+class Guard:
+    """Closes the doors before descriptors run out, and opens them when some are free again.
 
-    The kernel gives out the lowest free number: whatever stands below it is in use.
+    At the limit libuv would accept clients and drop them unheard. It accepts all that wait in a socket's queue at one
+    go, and a door can be closed only behind that: so the queues are kept short enough for what is left. The kernel
+    gives out the lowest free number, so the next one says how far the numbers have come.
     """
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    try:
-        lowest = os.dup(0)
-        os.close(lowest)
-    except OSError:
-        lowest = limit
-    if lowest >= limit - RESERVE:
-        for door in doors:
-            if door.is_open:
-                door.close()
-                log.write(logs.ACCEPT_PAUSED, f"{lowest} of {limit} descriptors are in use")
-    elif lowest < limit - 2 * RESERVE:
-        for door in doors:
-            if not door.is_open:
-                door.reopen()
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, doors: list[Door], number: int, log: Log) -> None:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        reserve = min(RESERVE, limit // 4)
+        self.backlog = max(1, min(BACKLOG, limit // 4 // max(1, number)))
+        self._limit = limit
+        self._close_at = limit - reserve - number * self.backlog
+        self._open_at = self._close_at - reserve // 2
+        self._loop = loop
+        self._doors = doors
+        self._log = log
+        self._closing = False
+        self._since = 0.0  # when the pause began; 0: there is none
+
+    def admit(self) -> None:
+        """Called for each client accepted; takes 1 µs."""
+        if not self._closing and self._next_number() >= self._close_at:
+            self._closing = True
+            self._loop.call_soon(self._close)
+
+    def tick(self) -> None:
+        """Called once a second."""
+        if not self._since:
+            return
+        if all(door.is_open for door in self._doors):
+            self._log.write(logs.ACCEPT_RESUMED, time.monotonic() - self._since)
+            self._since = 0.0
+        elif self._next_number() < self._open_at:
+            for door in self._doors:
+                if not door.is_open:
+                    door.reopen()
+
+    def _close(self) -> None:
+        self._closing = False
+        for door in self._doors:
+            door.close()
+        if not self._since:
+            self._since = time.monotonic()
+            self._log.write(logs.ACCEPT_PAUSED, f"{self._close_at} of {self._limit} descriptors are in use")
+
+    def _next_number(self) -> int:
+        try:
+            number = os.dup(0)
+        except OSError:
+            return self._limit
+        os.close(number)
+        return number
 
 
 def _withheld(listener: Listener) -> Callable[[str], frozenset[str]] | None:

@@ -289,8 +289,9 @@ class Session:
             return self._finish(R552_HEADER_TOO_BIG)
         if (end.delivered or end.received > self.terms.hops) and self._loops(envelope, bytes(head[: end.header_end])):
             return self._finish(R554_LOOP)
-        prefix = received(self.from_part, self.terms.hostname, envelope, date(int(self.terms.now())))
-        self.asked = Store(envelope, prefix)
+        arrived = self.terms.now()
+        prefix = received(self.from_part, self.terms.hostname, envelope, date(int(arrived)))
+        self.asked = Store(envelope, prefix, arrived)
         return self.asked
 
     def _loops(self, envelope: Envelope, header: bytes) -> bool:

@@ -80,13 +80,14 @@ class Verdict:
 
 
 class Store:
-    """End-of-data came and the message is whole: keep it, then answer."""
+    """End-of-data came and the message is whole: keep it, then answer. `arrived` is in seconds since the epoch."""
 
-    __slots__ = ("envelope", "prefix")
+    __slots__ = ("arrived", "envelope", "prefix")
 
-    def __init__(self, envelope: Envelope, prefix: bytes) -> None:
+    def __init__(self, envelope: Envelope, prefix: bytes, arrived: float) -> None:
         self.envelope = envelope
         self.prefix = prefix
+        self.arrived = arrived
 
 
 class Stored(Enum):

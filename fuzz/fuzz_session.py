@@ -22,11 +22,34 @@ with atheris.instrument_imports(include=["fastsmtp"]):
     from fastsmtp.connection import UNREAD_LIMIT
 
 WORDS = (
-    b"EHLO c\r\n", b"LHLO c\r\n", b"HELO c\r\n", b"MAIL FROM:<a@b.test>\r\n", b"MAIL FROM:<> SIZE=9 BODY=BINARYMIME SMTPUTF8\r\n",
-    b"RCPT TO:<ann@here.test>\r\n", b"RCPT TO:<x@any.test> NOTIFY=NEVER ORCPT=rfc822;", b"DATA\r\n", b"BDAT 5\r\n", b"BDAT 9 LAST\r\n",
-    b"BDAT 0 LAST\r\n", b"RSET\r\n", b"NOOP\r\n", b"QUIT\r\n", b"VRFY x\r\n", b"HELP\r\n", b"STARTTLS\r\n", b"AUTH PLAIN\r\n",
-    b"\r\n.\r\n", b"\r\n", b"\n.\n", b"\r", b"\n", b"x" * 999, b"Received: x\r\n", b"Delivered-To: ann@here.test\r\n", b"\xff\0",
-)  # fmt: skip
+    b"EHLO c\r\n",
+    b"LHLO c\r\n",
+    b"HELO c\r\n",
+    b"MAIL FROM:<a@b.test>\r\n",
+    b"MAIL FROM:<> SIZE=9 BODY=BINARYMIME SMTPUTF8\r\n",
+    b"RCPT TO:<ann@here.test>\r\n",
+    b"RCPT TO:<x@any.test> NOTIFY=NEVER ORCPT=rfc822;",
+    b"DATA\r\n",
+    b"BDAT 5\r\n",
+    b"BDAT 9 LAST\r\n",
+    b"BDAT 0 LAST\r\n",
+    b"RSET\r\n",
+    b"NOOP\r\n",
+    b"QUIT\r\n",
+    b"VRFY x\r\n",
+    b"HELP\r\n",
+    b"STARTTLS\r\n",
+    b"AUTH PLAIN\r\n",
+    b"\r\n.\r\n",
+    b"\r\n",
+    b"\n.\n",
+    b"\r",
+    b"\n",
+    b"x" * 999,
+    b"Received: x\r\n",
+    b"Delivered-To: ann@here.test\r\n",
+    b"\xff\0",
+)
 ROLES = ("mx", "submission", "lmtp")
 BARE = ("reject", "normalize", "keep")
 LOOP = asyncio.new_event_loop()
@@ -49,9 +72,7 @@ def test_one(data: bytes) -> None:
     try:
         player = made.connect()
         for number, read in enumerate(data[2:].split(b"\xfe")):
-            octets = b"".join(
-                [WORDS[(octet - 0xC0) % len(WORDS)] if octet >= 0xC0 else bytes([octet]) for octet in read]
-            )
+            octets = b"".join([WORDS[octet % len(WORDS)] if octet >= 0xC0 else bytes([octet]) for octet in read])
             if not player.transport.reading:
                 continue
             player.send(octets)

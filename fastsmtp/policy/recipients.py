@@ -26,9 +26,10 @@ class Recipients:
 
     def __call__(self, ask: Ask) -> Verdict:
         address = ask.recipient
-        if address.domain and self._domains.find(address.domain) is None:
+        row = self._domains.find(address.domain)
+        if row is None and address.domain:
             return RELAYING_DENIED
-        mailbox = self._domains.resolve(address)
+        mailbox = self._domains.resolve(address, row)
         if mailbox is None:
             return UNKNOWN_MAILBOX
         return KNOWN_MAILBOX if mailbox is address else Verdict("known-mailbox", recipient=mailbox)

@@ -1,0 +1,460 @@
+"""What the machine can refuse to a server that starts: each refusal is one line that names the place."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import os
+import pwd
+import socket
+import stat
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+from fastsmtp.claim import (
+    Listening,
+    StartError,
+    bind,
+    drop_privileges,
+    find_account,
+    make_contexts,
+    take_data_dir,
+)
+from fastsmtp.config import Config
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+
+
+@pytest.fixture
+def public() -> Iterator[Path]:
+    """A folder that every user reaches, which tmp_path is not; its path is short, as unix sockets want it."""
+    with tempfile.TemporaryDirectory(prefix="fastsmtp-") as name:
+        os.chmod(name, 0o755)
+        yield Path(name)
+
+
+def as_nobody(job: Callable[[], object]) -> str:
+    """What the job returns or raises, as the text that a user without rights gets."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        text = ""
+        try:
+            if os.geteuid() == 0:
+                drop_privileges(pwd.getpwnam("nobody"))
+            text = str(job())
+        except StartError as error:
+            text = str(error)
+        finally:
+            os.write(write, text.encode())
+            os._exit(0)
+    os.close(write)
+    with open(read, "rb") as answer:
+        text = answer.read().decode()
+    os.waitpid(pid, 0)
+    return text
+
+
+def make_config(*addresses: str, workers: int = 1, **keys: object) -> Config:
+    return Config.model_validate(
+        {"hostname": "mx.test", "workers": workers, "listener": [{"address": list(addresses), **keys}]}
+    )
+
+
+def listen(*addresses: str, workers: int = 1) -> list[Listening]:
+    return bind(make_config(*addresses, workers=workers), None)
+
+
+@pytest.fixture
+def opened() -> Iterator[list[Listening]]:
+    """What a test listens on, closed at its end."""
+    listening: list[Listening] = []
+    yield listening
+    for one in listening:
+        one.close()
+
+
+# Addresses
+
+
+def test_each_worker_has_a_socket_of_its_own_on_the_same_port(opened: list[Listening]) -> None:
+    opened += listen("127.0.0.1:0", workers=3)
+    (one,) = opened
+    names = {sock.getsockname() for sock in one.sockets}
+    assert len(one.sockets) == 3
+    assert [f"{host}:{port}" for host, port in names] == [one.address]
+    assert [one.socket_of(index) for index in range(3)] == one.sockets
+    served = set()
+    for _ in range(200):
+        with socket.create_connection(names.copy().pop()):
+            for number, sock in enumerate(one.sockets):
+                try:
+                    sock.accept()[0].close()
+                    served.add(number)
+                except BlockingIOError:
+                    pass
+    assert served == {0, 1, 2}
+
+
+def test_a_single_worker_shares_its_port_with_nobody(opened: list[Listening]) -> None:
+    opened += listen("127.0.0.1:0")
+    assert opened[0].sockets[0].getsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT) == 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("reuse_port", [0, 1])
+def test_a_port_in_use_is_refused_even_if_its_holder_would_share_it(workers: int, reuse_port: int) -> None:
+    with socket.socket() as other:
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, reuse_port)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        address = f"127.0.0.1:{other.getsockname()[1]}"
+        with pytest.raises(StartError, match=f"^listener {address}: the address is in use by another program$"):
+            listen(address, workers=workers)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_port_in_use_by_another_of_our_servers_is_refused(opened: list[Listening], workers: int) -> None:
+    opened += listen("127.0.0.1:0", workers=2)
+    with pytest.raises(StartError, match="in use"):
+        listen(opened[0].address, workers=workers)
+
+
+def test_when_one_address_is_refused_none_is_kept() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = f"127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.raises(StartError, match="Cannot assign"):
+        listen(free, "192.0.2.1:25", workers=2)
+    listen(free)[0].close()
+
+
+def test_a_port_is_free_at_once_after_its_server_ended() -> None:
+    (one,) = listen("127.0.0.1:0")
+    host, port = one.sockets[0].getsockname()
+    with socket.create_connection((host, port)) as client:
+        server = one.sockets[0].accept()[0]
+        one.close()
+        server.close()  # first to close: its end goes to TIME_WAIT
+        assert client.recv(1) == b""
+    listen(f"{host}:{port}")[0].close()
+
+
+def test_ipv6_is_only_ipv6(opened: list[Listening]) -> None:
+    try:
+        opened += listen("[::]:0", workers=2)
+    except StartError as error:
+        pytest.skip(f"no IPv6: {error}")
+    port = opened[0].sockets[0].getsockname()[1]
+    assert opened[0].address == f"[::]:{port}"
+    opened += listen(f"0.0.0.0:{port}")
+
+
+def test_a_host_name_stands_for_its_addresses(opened: list[Listening]) -> None:
+    opened += listen("localhost:0")
+    assert "127.0.0.1" in {one.sockets[0].getsockname()[0] for one in opened}
+
+
+def test_a_host_name_that_does_not_exist_is_refused() -> None:
+    with pytest.raises(StartError, match=r"^listener name\.invalid:2525: \w"):
+        listen("name.invalid:2525")
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    with pytest.raises(StartError, match=r"^listener 192\.0\.2\.1:2525: Cannot assign requested address$"):
+        listen("192.0.2.1:2525")
+
+
+def test_without_permission_for_a_port() -> None:
+    with open("/proc/sys/net/ipv4/ip_unprivileged_port_start") as file:
+        if int(file.read()) <= 25:
+            pytest.skip("every user may bind every port here")
+    text = as_nobody(lambda: listen("127.0.0.1:25"))
+    assert text == ("listener 127.0.0.1:25: no permission; ports below 1024 need a start as root (see the key `user`)")
+
+
+# Unix sockets
+
+
+def test_a_unix_socket_is_shared_has_its_mode_and_goes_with_the_server(public: Path) -> None:
+    path = public / "lmtp"
+    (one,) = bind(make_config(f"unix:{path}", workers=3, mode="0620"), None)
+    assert stat.S_IMODE(path.lstat().st_mode) == 0o620
+    assert one.address == f"unix:{path}"
+    assert one.socket_of(0) is one.socket_of(2)
+    one.close()
+    assert not path.exists()
+    one.close()
+
+
+@as_root
+def test_a_unix_socket_belongs_to_the_user(public: Path) -> None:
+    nobody = pwd.getpwnam("nobody")
+    (one,) = bind(make_config(f"unix:{public}/lmtp"), nobody)
+    status = (public / "lmtp").lstat()
+    one.close()
+    assert (status.st_uid, status.st_gid) == (nobody.pw_uid, nobody.pw_gid)
+
+
+def test_a_unix_socket_that_nobody_listens_on_is_replaced(public: Path) -> None:
+    path = public / "lmtp"
+    with socket.socket(socket.AF_UNIX) as old:
+        old.bind(str(path))
+    (one,) = listen(f"unix:{path}")
+    with socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    one.close()
+
+
+def test_a_unix_socket_in_use_is_refused_and_left_alone(public: Path) -> None:
+    path = public / "lmtp"
+    with socket.socket(socket.AF_UNIX) as old:
+        old.bind(str(path))
+        old.listen(0)
+        with socket.socket(socket.AF_UNIX) as first:
+            first.connect(str(path))
+            for _ in range(2):  # the second time its queue is full, and a connection would wait
+                with pytest.raises(StartError, match=f"^listener unix:{path}: the address is in use"):
+                    listen(f"unix:{path}")
+        assert path.is_socket()
+
+
+def test_what_is_no_socket_is_never_removed(public: Path) -> None:
+    path = public / "precious"
+    path.write_text("text")
+    with pytest.raises(StartError, match="in use"):
+        listen(f"unix:{path}")
+    link = public / "link"
+    link.symlink_to(path)
+    with pytest.raises(StartError, match="in use"):
+        listen(f"unix:{link}")
+    assert path.read_text() == "text"
+
+
+def test_the_next_servers_socket_is_not_removed(public: Path) -> None:
+    path = public / "lmtp"
+    (old,) = listen(f"unix:{path}")
+    path.rename(public / "old")
+    (new,) = listen(f"unix:{path}")
+    old.close()
+    assert path.is_socket()
+    new.close()
+
+
+@pytest.mark.parametrize(("name", "text"), [("x" * 120, "path too long"), ("no/folder", "No such file")])
+def test_a_unix_socket_that_cannot_be(public: Path, name: str, text: str) -> None:
+    with pytest.raises(StartError, match=f"^listener unix:.*: .*{text}"):
+        listen(f"unix:{public}/{name}")
+
+
+def test_a_socket_that_was_removed_meanwhile_is_no_error(public: Path) -> None:
+    (one,) = listen(f"unix:{public}/lmtp")
+    (public / "lmtp").unlink()
+    one.close()
+
+
+# The data directory
+
+
+def test_the_data_directory_is_made_private_and_locked(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b"
+    lock = take_data_dir(path, None)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    assert (path / "lock").read_text() == f"{os.getpid()}\n"
+    assert fcntl.fcntl(lock, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
+    with pytest.raises(
+        StartError, match=f"^data_dir {path} is in use by process {os.getpid()}, or by workers it left$"
+    ):
+        take_data_dir(path, None)
+    os.close(lock)
+    os.close(take_data_dir(path, None))
+
+
+def test_a_failed_start_leaves_no_descriptor(tmp_path: Path) -> None:
+    lock = take_data_dir(tmp_path, None)
+    before = os.listdir("/proc/self/fd")
+    for _ in range(3):
+        with pytest.raises(StartError):
+            take_data_dir(tmp_path, None)
+        with pytest.raises(StartError):
+            listen("127.0.0.1:0", "192.0.2.1:25")
+    assert os.listdir("/proc/self/fd") == before
+    os.close(lock)
+
+
+def test_without_permission_for_the_data_directory(public: Path) -> None:
+    closed = public / "closed"
+    closed.mkdir(0o500)
+    if os.geteuid() == 0:
+        closed.chmod(0o700)
+    assert as_nobody(lambda: take_data_dir(closed, None)) == f"data_dir {closed}: Permission denied"
+    if os.geteuid() == 0:
+        assert as_nobody(lambda: take_data_dir(closed / "x", None)) == f"data_dir {closed}/x: Permission denied"
+
+
+def test_a_data_directory_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for name in ("file", "file/below"):
+        with pytest.raises(StartError, match=f"^data_dir {tmp_path}/{name}: Not a directory$"):
+            take_data_dir(tmp_path / name, None)
+
+
+def test_what_was_put_in_the_locks_place_is_not_touched(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    target.write_text("text")
+    for number, place in enumerate((target.symlink_to, target.hardlink_to, os.mkfifo, os.mkdir)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        lock = folder / "lock"
+        if number == 0:
+            lock.symlink_to(target)
+        elif number == 1:
+            lock.hardlink_to(target)
+        else:
+            place(lock)
+        with pytest.raises(StartError, match=f"^data_dir {folder}: "):
+            take_data_dir(folder, None)
+    assert target.read_text() == "text"
+
+
+@as_root
+def test_the_data_directory_belongs_to_the_user(tmp_path: Path) -> None:
+    nobody = pwd.getpwnam("nobody")
+    (tmp_path / "empty").mkdir()
+    for name in ("new", "empty", "new"):
+        os.close(take_data_dir(tmp_path / name, nobody))
+        assert (tmp_path / name).stat().st_uid == nobody.pw_uid
+        assert (tmp_path / name / "lock").stat().st_uid == nobody.pw_uid
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "mail").touch()
+    with pytest.raises(
+        StartError, match=f"^data_dir {foreign}: it does not belong to nobody: chown -R nobody {foreign}$"
+    ):
+        take_data_dir(foreign, nobody)
+    assert foreign.stat().st_uid == 0
+
+
+# Users
+
+
+def test_who_is_not_root_stays_who_he_is() -> None:
+    assert find_account("") is None
+    assert as_nobody(lambda: find_account("root")) == "None"
+
+
+@as_root
+def test_root_becomes_the_user() -> None:
+    assert find_account("nobody") == pwd.getpwnam("nobody")
+    assert find_account("root") is None
+    with pytest.raises(StartError, match=r"^user: there is no user 'no-one' on this machine$"):
+        find_account("no-one")
+
+
+@as_root
+def test_privileges_are_dropped_for_good() -> None:
+    nobody = pwd.getpwnam("nobody")
+    seen = as_nobody(lambda: (os.getresuid(), os.getresgid(), os.getgroups()))
+    assert seen == str(((nobody.pw_uid,) * 3, (nobody.pw_gid,) * 3, os.getgrouplist("nobody", nobody.pw_gid)))
+
+
+@as_root
+def test_privileges_that_could_be_regained_are_an_error() -> None:
+    """With SECBIT_NO_SETUID_FIXUP the kernel leaves the capabilities, and with them the way back to root."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            ctypes.CDLL(None).prctl(28, 4, 0, 0, 0)
+            drop_privileges(pwd.getpwnam("nobody"))
+        except OSError as error:
+            code = 42 if error.strerror == "root could be regained" else 2
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 42
+
+
+# Certificates
+
+
+def write_certificate(folder: Path, name: str) -> tuple[Path, Path]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "mx.test")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / f"{name}.pem", folder / f"{name}.key"
+    paths[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    paths[1].write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return paths
+
+
+def make_tls_config(certificate: Path, key: Path) -> Config:
+    return Config.model_validate(
+        {
+            "hostname": "mx.test",
+            "tls": {"certificate": certificate, "key": key},
+            "listener": [
+                {"address": "127.0.0.1:25", "tls": "starttls"},
+                {"address": "127.0.0.1:26", "tls": "off"},
+                {"address": "127.0.0.1:27", "tls": "implicit"},
+            ],
+        }
+    )
+
+
+def test_each_listener_with_tls_has_its_own_context(tmp_path: Path) -> None:
+    contexts = make_contexts(make_tls_config(*write_certificate(tmp_path, "a")))
+    assert set(contexts) == {0, 2}
+    assert contexts[0] is not contexts[2]
+    assert make_contexts(make_config("127.0.0.1:25")) == {}
+
+
+def test_certificates_that_cannot_be_used(tmp_path: Path, public: Path) -> None:
+    certificate, key = write_certificate(tmp_path, "a")
+    _, other_key = write_certificate(tmp_path, "b")
+    missing = tmp_path / "missing"
+    for pair in ((missing, key), (certificate, missing)):
+        with pytest.raises(StartError, match=f"^tls: {missing}: No such file or directory$"):
+            make_contexts(make_tls_config(*pair))
+    with pytest.raises(StartError, match=f"^tls: {certificate} with {other_key}: the key is not the certificate's$"):
+        make_contexts(make_tls_config(certificate, other_key))
+    garbage = tmp_path / "garbage"
+    garbage.write_text("no certificate")
+    for pair in ((garbage, key), (certificate, garbage)):
+        text = f"^tls: {pair[0]} with {pair[1]}: no certificate or no private key in it, as PEM$"
+        with pytest.raises(StartError, match=text):
+            make_contexts(make_tls_config(*pair))
+    with pytest.raises(StartError, match=f"^tls: {certificate} with {certificate}: no certificate or"):
+        make_contexts(make_tls_config(certificate, certificate))
+    locked = tmp_path / "locked"
+    private = serialization.load_pem_private_key(key.read_bytes(), None)
+    locked.write_bytes(
+        private.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"secret"),
+        )
+    )
+    with pytest.raises(StartError, match=f"^tls: {certificate} with {locked}: the key is encrypted"):
+        make_contexts(make_tls_config(certificate, locked))
+    readable, closed = write_certificate(public, "c")
+    closed.chmod(0)
+    assert as_nobody(lambda: make_contexts(make_tls_config(readable, closed))) == f"tls: {closed}: Permission denied"

@@ -1,0 +1,807 @@
+"""The configuration: every key, every kind of error with its line, and what is read back."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from fastsmtp.config import (
+    DEFAULT,
+    SECTIONS,
+    Config,
+    ConfigError,
+    Discard,
+    Domain,
+    Inet,
+    Kind,
+    Limits,
+    Listener,
+    Maildir,
+    Problem,
+    Section,
+    Tls,
+    Unix,
+    Unset,
+    Withhold,
+    default,
+    default_of,
+    kind_of,
+    load,
+    machine_name,
+    parse,
+    parse_duration,
+    parse_endpoint,
+    parse_size,
+    problem_at,
+    show_duration,
+    show_size,
+    warnings,
+)
+
+FOLDER = Path("/srv/conf")
+
+
+def read(text: str) -> Config:
+    return parse(text, FOLDER, "f.toml")
+
+
+def errors(text: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        read(text)
+    return [str(problem).removeprefix("f.toml:") for problem in caught.value.errors]
+
+
+# Every key: where it stands, what a file says, what is read.
+
+EXAMPLES: dict[str, tuple[str, Any]] = {
+    "hostname": ('"MX1.Bücher.example"', "mx1.xn--bcher-kva.example"),
+    "data_dir": ('"spool"', Path("/srv/conf/spool")),
+    "workers": ("3", 3),
+    "user": ('"mail"', "mail"),
+    "postmaster": ('"Admin@Bücher.example"', "Admin@xn--bcher-kva.example"),
+    "[tls] certificate": ('"a.pem"', Path("/srv/conf/a.pem")),
+    "[tls] key": ('"../b.key"', Path("/srv/b.key")),
+    "[tls] minimum": ('"1.3"', "1.3"),
+    "[[listener]] address": ('["[::1]:25", "unix:s"]', (Inet("::1", 25), Unix(Path("/srv/conf/s")))),
+    "[[listener]] role": ('"lmtp"', "lmtp"),
+    "[[listener]] tls": ('"implicit"', "implicit"),
+    "[[listener]] bare": ('"normalize"', "normalize"),
+    "[[listener]] bare_bdat": ('"reject"', "reject"),
+    "[[listener]] early_talker": ('"allow"', "allow"),
+    "[[listener]] greet_delay": ("0.5", 0.5),
+    "[[listener]] brackets": ("false", False),
+    "[[listener]] mode": ('"0600"', 0o600),
+    "[[listener.withhold]] keywords": ('["chunking"]', ("CHUNKING",)),
+    "[[listener.withhold]] networks": (
+        '["192.0.2.0/24", "2001:db8::/32", "192.0.2.1"]',
+        tuple(map(ipaddress.ip_network, ("192.0.2.0/24", "2001:db8::/32", "192.0.2.1/32"))),
+    ),
+    "[limits] message_size": ('"1GB"', 1 << 30),
+    "[limits] recipients": ("100", 100),
+    "[limits] command_line": ("512", 512),
+    "[limits] auth_line": ("5000", 5000),
+    "[limits] text_line": ("1000", 1000),
+    "[limits] header": ('"64KB"', 65536),
+    "[limits] received": ("30", 30),
+    "[limits] errors": ("1", 1),
+    "[limits] useless": ("1", 1),
+    "[limits] sessions": ("5", 5),
+    "[limits] memory": ('"2TB"', 2 << 40),
+    "[timeouts] command": ('"1h30m"', 5400.0),
+    "[timeouts] data": ('"10s"', 10.0),
+    "[timeouts] data_rate": ("0", 0),
+    "[timeouts] tls": ("5", 5.0),
+    "[timeouts] session": ('"1d"', 86400.0),
+    "[timeouts] oversize": ('"1m"', 60.0),
+    "[timeouts] write": ('"1m1s"', 61.0),
+    "[timeouts] shutdown": ("0", 0.0),
+    "[spool] durability": ('"none"', "none"),
+    "[spool] inline": ("0", 0),
+    "[spool] min_free": ('"1KB"', 1024),
+    "[queue] retry": ('"1m"', 60.0),
+    "[queue] retry_max": ('"20h"', 72000.0),
+    "[log] format": ('"json"', "json"),
+    "[[domain]] name": ('"*.Bücher.example"', "*.xn--bcher-kva.example"),
+    "[[domain]] recipients": ('["Ann", "\\"a b\\"", "jörg"]', ("Ann", "a b", "jörg")),
+    "[[domain]] transport": ('"x"', "x"),
+    "[[domain]] case_sensitive": ("true", True),
+    "[transport.NAME] type": ('"maildir"', "maildir"),
+    "[transport.NAME] path": ('"m/{local}"', "/srv/conf/m/{local}"),
+    "[transport.NAME] sync": ('"file"', "file"),
+}
+# What must stand in a table anyway. Keys of a key's own table are added in front of it.
+REQUIRED = {
+    "[tls]": {"certificate": '"c.pem"'},
+    "[[listener]]": {"address": '"127.0.0.1:0"'},
+    "[[listener.withhold]]": {"keywords": '["X"]'},
+    "[[domain]]": {"name": '"xn--bcher-kva.example"', "recipients": '"any"', "transport": '"x"'},
+    "[transport.x]": {"type": '"maildir"', "path": '"/m/{local}"'},
+}
+
+
+def file_with(section: Section, keys: dict[str, str]) -> str:
+    """A file in which a table has these keys, and nothing else is wrong."""
+    heading = section.heading.replace("NAME", "x")
+    tables: dict[str, dict[str, str]] = {"": {}, **{table: dict(keys) for table, keys in REQUIRED.items()}}
+    if section.choice == "discard":
+        tables["[transport.x]"] = {"type": '"discard"'}
+    tables.setdefault(heading, {}).update(keys)
+    return "".join(
+        f"{table}\n" + "".join(f"{key} = {value}\n" for key, value in keys.items()) for table, keys in tables.items()
+    )
+
+
+def table_of(config: Config, section: Section) -> Any:
+    table: Any = config
+    for step in section.place:
+        if step == "#":
+            table = table[0]
+        elif step == "NAME":
+            table = table["x"]
+        elif not step.startswith("<"):
+            table = getattr(table, step)
+    return table
+
+
+KEYS = [(section, key) for section in SECTIONS for key in section.keys]
+
+
+def name_of(section: Section, key: str) -> str:
+    return f"{section.heading} {key}".strip()
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS, ids=lambda value: getattr(value, "heading", value))
+def test_every_key_is_read(section: Section, key: str) -> None:
+    value, expected = EXAMPLES[name_of(section, key)]
+    if section.choice == "discard":
+        value, expected = '"discard"', "discard"
+    config = read(file_with(section, {key: value}))
+    found = getattr(table_of(config, section), key)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+def test_every_example_is_a_key() -> None:
+    assert set(EXAMPLES) == {name_of(section, key) for section, key in KEYS}
+
+
+@pytest.mark.parametrize(("section", "key"), KEYS, ids=lambda value: getattr(value, "heading", value))
+def test_every_key_has_a_help_a_type_and_a_true_default(section: Section, key: str) -> None:
+    field = section.keys[key]
+    assert field.description is not None
+    assert field.description[0].isupper() or field.description[0] == "`"
+    assert field.description.endswith(".")
+    assert kind_of(field)
+    required = {name for keys in REQUIRED.values() for name in keys}
+    assert default_of(field) or key in required, "a key without a default"
+    if not field.is_required() and not any(isinstance(data, Unset) for data in field.metadata):
+        shown = default_of(field).strip("`")
+        said = table_of(read(file_with(section, {key: shown})), section)
+        unsaid = table_of(read(file_with(section, {})), section)
+        assert getattr(said, key) == getattr(unsaid, key)
+
+
+def test_every_table_is_documented() -> None:
+    for section in SECTIONS:
+        assert section.model.__doc__
+        assert section.model.__doc__.endswith(".")
+        for name, field in section.model.model_fields.items():
+            assert field.description, (section.heading, name)
+
+
+DESIGN = """\
+hostname = "mx1.example.org"
+data_dir = "/var/lib/fastsmtp"
+workers  = 0                        # 0: one per core
+user     = "fastsmtp"               # dropped to after binding, when started as root
+
+[[listener]]
+address = "0.0.0.0:25"              # host:port, [v6]:port or unix:/path; a list is allowed
+role    = "mx"                      # mx | submission | lmtp
+tls     = "starttls"                # off | starttls | implicit
+
+[tls]
+certificate = "/etc/ssl/mx1.pem"
+key         = "/etc/ssl/mx1.key"
+
+[limits]
+message_size = "50MB"
+[timeouts]
+command = "5m"
+
+[spool]
+durability = "fsync"                # fsync: 250 after stable storage | none: 250 after memory
+
+[[domain]]
+name       = "example.org"          # exact, "*.example.org" or "*"
+recipients = ["ann", "bob"]         # or "any"
+transport  = "mailboxes"
+
+[transport.mailboxes]
+type = "maildir"                    # maildir | lmtp | smtp | discard
+path = "/var/mail/{domain}/{local}"
+"""
+
+
+@pytest.mark.parametrize("text", [DESIGN, DESIGN.replace("\n", "\r\n")], ids=["LF", "CRLF"])
+def test_a_whole_file(text: str) -> None:
+    config = read(text)
+    assert config == Config(
+        hostname="mx1.example.org",
+        data_dir=Path("/var/lib/fastsmtp"),
+        user="fastsmtp",
+        tls=Tls(certificate=Path("/etc/ssl/mx1.pem"), key=Path("/etc/ssl/mx1.key")),
+        listener=(Listener(address="0.0.0.0:25", tls="starttls"),),
+        domain=(Domain(name="example.org", recipients=["ann", "bob"], transport="mailboxes"),),
+        transport={"mailboxes": Maildir(type="maildir", path="/var/mail/{domain}/{local}")},
+    )
+    assert config.limits.message_size == 50 * 1024 * 1024
+    assert config.timeouts.command == 300.0
+
+
+def test_nothing_can_be_changed() -> None:
+    config = read(DESIGN)
+    for table, key in [(config, "workers"), (config.limits, "recipients"), (config.domain[0], "name")]:
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(table, key, getattr(table, key))
+
+
+def test_an_empty_file_serves_no_domain_on_the_loopback() -> None:
+    config = read("")
+    assert config.listener == (Listener(address="127.0.0.1:2525"),)
+    assert config.data_dir == Path("/srv/conf/fastsmtp-data")
+    assert config.hostname == machine_name()
+    assert config.domain == ()
+
+
+def test_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = default()
+    assert config.listener == (Listener(address="127.0.0.1:2525"),)
+    assert config.listener[0].role == "mx"
+    assert config.data_dir == tmp_path / "fastsmtp-data"
+    assert config.domain == (Domain(name="*", recipients="any", transport="mailboxes"),)
+    assert config.transport == {
+        "mailboxes": Maildir(type="maildir", path=f"{tmp_path}/fastsmtp-data/mail/{{domain}}/{{local}}")
+    }
+    assert warnings(config) == []
+
+
+def test_the_machine_has_a_name() -> None:
+    assert machine_name() in (socket.gethostname().lower(), socket.getfqdn().lower(), "localhost")
+
+
+def test_workers() -> None:
+    assert read("workers = 7").worker_count == 7
+    assert read("").worker_count == len(os.sched_getaffinity(0))
+
+
+def test_what_depends_on_another_key() -> None:
+    assert [listener.early_talker for listener in read(
+        '[[listener]]\naddress="h:1"\n[[listener]]\naddress="h:2"\nrole="submission"\n'
+        '[[listener]]\naddress="h:3"\nrole="lmtp"\n'
+    ).listener] == ["refuse", "allow", "allow"]  # fmt: skip
+    plain = '[[listener]]\naddress = "h:1"\n[[listener]]\naddress = "h:2"\ntls = "off"\n'
+    assert [listener.tls for listener in read(plain).listener] == ["off", "off"]
+    with_tls = read(plain + '[tls]\ncertificate = "c.pem"\n')
+    assert [listener.tls for listener in with_tls.listener] == ["starttls", "off"]
+    assert with_tls.tls is not None
+    assert with_tls.tls.key == with_tls.tls.certificate == Path("/srv/conf/c.pem")
+
+
+def test_tables_made_in_python_are_checked_too() -> None:
+    assert Limits(message_size="1KB").message_size == 1024
+    assert Listener(address=["[::]:25"]).address == (Inet("::", 25),)
+    assert Withhold(keywords=["dsn"]).networks == ()
+    certificate = Tls(certificate=Path("relative.pem"))
+    assert certificate.key == Path("relative.pem")
+    listeners = (Listener(address="h:1"), Listener(address="h:2", tls="off"))
+    assert [given.tls for given in Config(listener=listeners, tls=certificate).listener] == ["starttls", "off"]
+    with pytest.raises(ValidationError, match=r"no \[transport.x\]"):
+        Config(domain=(Domain(name="*", recipients="any", transport="x"),))
+    Config(domain=(Domain(name="*", recipients="any", transport="x"),), transport={"x": Discard(type="discard")})
+
+
+def test_braces_in_the_name_of_the_folder_of_the_file() -> None:
+    with pytest.raises(ConfigError, match="no other braces"):
+        parse('[transport.x]\ntype = "maildir"\npath = "m/{local}"', Path("/srv/{local}"), "f")
+
+
+def test_the_folder_of_the_file_itself() -> None:
+    assert read('data_dir = "."').data_dir == FOLDER
+
+
+def test_the_root_of_mailboxes() -> None:
+    assert Maildir(type="maildir", path="/var/mail/{domain}/{local}/Maildir").root == Path("/var/mail")
+    assert Maildir(type="maildir", path="{local}").root == Path()
+    assert Maildir(type="maildir", path="/{local}").root == Path("/")
+    relative = '[transport.x]\ntype = "maildir"\npath = "{local}"\n'
+    assert read(relative).transport["x"] == Maildir(type="maildir", path="/srv/conf/{local}")
+    assert read(relative.replace("{", "/{")).transport["x"] == Maildir(type="maildir", path="/{local}")
+
+
+# What is wrong, where, and what was expected.
+
+LISTENER = '[[listener]]\naddress = "h:1"\n'
+DISCARD = 'transport.x.type = "discard"\n[[domain]]\n'
+SIZE = 'expected a size such as "64KB", "50MB" or "1GB", or a number of octets'
+DURATION = 'expected a duration such as "30s", "5m", "1h30m" or "5d", or a number of seconds'
+ADDRESS = 'expected "host:port", "[IPv6]:port" (ports 0 to 65535) or "unix:/path"'
+NETWORK = 'expected a network such as "192.0.2.0/24" or "2001:db8::/32", with no bit set behind its length'
+ONE_ERROR = {
+    "unknown key": ("\nworker = 3", '2: worker: unknown key; did you mean "workers"?'),
+    "unknown table": ("[limit]", '1: limit: unknown key; did you mean "limits"?'),
+    "unknown key in a table": (
+        "[limits]\nrecipient = 3",
+        '2: limits.recipient: unknown key; did you mean "recipients"?',
+    ),
+    "like nothing": ("[log]\nxyz = 3", "2: log.xyz: unknown key; known here: format"),
+    "key of another table": (
+        "[log]\ncase_sensitive = true",
+        "2: log.case_sensitive: unknown key; it belongs in [[domain]]",
+    ),
+    "odd key": ('"a b" = 1', '1: "a b": unknown key; known here: hostname'),
+    "text for a number": ('workers = "3"', '1: workers: expected a whole number, found "3"'),
+    "truth for a number": ("workers = true", "1: workers: expected a whole number, found true"),
+    "fraction for a number": ("workers = 3.0", "1: workers: expected a whole number, found 3.0"),
+    "date for a number": (
+        "workers = 2020-01-01 01:02:03",
+        '1: workers: expected a whole number, found "2020-01-01 01:02:03"',
+    ),
+    "number for text": ("user = 3", "1: user: expected text in quotes, found 3"),
+    "number for a path": ("data_dir = 3", "1: data_dir: expected a path in quotes, found 3"),
+    "empty path": ('data_dir = ""', '1: data_dir: expected a path in quotes, found ""'),
+    "NUL in a path": ('data_dir = "a\\u0000b"', '1: data_dir: expected a path in quotes, found "a\\u0000b"'),
+    "text for truth": (
+        '[[listener]]\naddress = "h:1"\nbrackets = "yes"',
+        '3: listener[0].brackets: expected true or false, found "yes"',
+    ),
+    "no such choice": ('[log]\nformat = "xml"', '2: log.format: expected "auto", "human" or "json", found "xml"'),
+    "too small": ("[limits]\nrecipients = 99", "2: limits.recipients: expected at least 100, found 99"),
+    "size too small": ("[limits]\ntext_line = 999", "2: limits.text_line: expected at least 1000, found 999"),
+    "too great": ("workers = 2000", "1: workers: expected at most 1000, found 2000"),
+    "not more than zero": ('[timeouts]\ndata = "0s"', '2: timeouts.data: expected more than 0, found "0s"'),
+    "bad size": ('[spool]\ninline = "5 MB"', f'2: spool.inline: {SIZE}, found "5 MB"'),
+    "bad duration": ('[queue]\nretry = "5 min"', f'2: queue.retry: {DURATION}, found "5 min"'),
+    "order of waits": (
+        '[queue]\nretry = "1h"\nretry_max = "1m"',
+        '3: queue.retry_max: expected no less than retry, found "1m"',
+    ),
+    "too long a wait": (
+        '[queue]\nretry_max = "2d"',
+        '2: queue.retry_max: expected at most 1d, found "2d"',
+    ),
+    "bad host name": (
+        'hostname = "a..b"',
+        '1: hostname: expected a host name such as "mx1.example.org" (the domain has',
+    ),
+    "bad postmaster": (
+        'postmaster = "root"',
+        '1: postmaster: expected an address such as "admin@example.org" (the address has no domain), found "root"',
+    ),
+    "postmaster elsewhere": ('postmaster = "a@b.example"', "1: postmaster: no [[domain]] serves b.example"),
+    "bad port": (
+        '[[listener]]\naddress = "0.0.0.0:65536"',
+        f'2: listener[0].address: {ADDRESS}, found "0.0.0.0:65536"',
+    ),
+    "one bad address of two": (
+        '[[listener]]\naddress = [\n "h:1",\n 7\n]',
+        f"4: listener[0].address[1]: {ADDRESS}, found 7",
+    ),
+    "no address": ("[[listener]]\naddress = []", "2: listener[0].address: expected at least one entry, found a list"),
+    "missing key": (
+        '\n[[listener]]\nrole = "mx"',
+        "2: listener[0].address: missing; expected address, or list of them (",
+    ),
+    "no listener": ("listener = []", "1: listener: expected at least one entry, found a list"),
+    "table for a list": (
+        '[listener]\naddress = "h:1"',
+        "1: listener: expected a list, each of its tables under [[listener]], found a table",
+    ),
+    "value for a list": ("listener = 5", "1: listener: expected a list, found 5"),
+    "value for a table": ("limits = 5", "1: limits: expected a table, found 5"),
+    "list for a table": ("[[limits]]", "1: limits: expected a table, found a list"),
+    "value in a list of tables": ("listener = [5]", "1: listener[0]: expected a table, found 5"),
+    "address twice": (
+        '[[listener]]\naddress = "h:1"\n[[listener]]\naddress = ["h:2", "h:1"]',
+        "4: listener[1].address: h:1 stands twice",
+    ),
+    "LMTP on port 25": (
+        '[[listener]]\naddress = "h:25"\nrole = "lmtp"',
+        "2: listener[0].address: LMTP never runs on port 25 (RFC 2033 5)",
+    ),
+    "STARTTLS without a certificate": (
+        '[[listener]]\naddress = "h:1"\ntls = "starttls"',
+        "3: listener[0].tls: there is no [tls] table that names a certificate",
+    ),
+    "TLS without a certificate": (
+        '[[listener]]\naddress = "h:1"\ntls = "implicit"',
+        "3: listener[0].tls: there is no [tls] table that names a certificate",
+    ),
+    "bad mode": (
+        '[[listener]]\naddress = "h:1"\nmode = 660',
+        '3: listener[0].mode: expected a file mode such as "0660", found 660',
+    ),
+    "no certificate": ("[tls]", "1: tls.certificate: missing; expected path (The certificate with"),
+    "bad keyword": (
+        '[[listener]]\naddress = "h:1"\n[[listener.withhold]]\nkeywords = ["a b"]',
+        '4: listener[0].withhold[0].keywords[0]: expected an EHLO keyword such as "CHUNKING", found "a b"',
+    ),
+    "no keyword": (
+        '[[listener]]\naddress = "h:1"\n[[listener.withhold]]\nkeywords = []',
+        "4: listener[0].withhold[0].keywords: expected at least one entry, found a list",
+    ),
+    "bad network": (
+        '[[listener]]\naddress = "h:1"\nwithhold = [{keywords = ["X"], networks = ["192.0.2.1/24"]}]',
+        f'3: listener[0].withhold[0].networks[0]: {NETWORK}, found "192.0.2.1/24"',
+    ),
+    "number for a network": (
+        '[[listener]]\naddress = "h:1"\nwithhold = [{keywords = ["X"], networks = [4]}]',
+        "3: listener[0].withhold[0].networks[0]: expected a network such as",
+    ),
+    "bad domain": (
+        'transport.x.type = "discard"\n[[domain]]\nname = "-"\nrecipients = []\ntransport = "x"',
+        '3: domain[0].name: expected a domain such as "example.org", "*.example.org" or "*" (',
+    ),
+    "domain twice": (
+        'transport.x.type = "discard"\n[[domain]]\nname = "Bücher.example"\nrecipients = []\ntransport = "x"\n'
+        '[[domain]]\nname = "xn--bcher-kva.example"\nrecipients = []\ntransport = "x"',
+        "7: domain[1].name: xn--bcher-kva.example stands twice",
+    ),
+    "no such transport": (
+        'transport.box.type = "discard"\n[[domain]]\nname = "*"\nrecipients = []\ntransport = "bxo"',
+        '5: domain[0].transport: there is no [transport.bxo]; did you mean "box"?',
+    ),
+    "no transport at all": (
+        '[[domain]]\nname = "*"\nrecipients = []\ntransport = "box"',
+        "4: domain[0].transport: there is no [transport.box]",
+    ),
+    "address for a local-part": (
+        'transport.x.type = "discard"\n[[domain]]\nname = "*"\nrecipients = ["a", "b@c"]\ntransport = "x"',
+        '4: domain[0].recipients[1]: expected a local-part: what stands before the "@", such as "ann", found "b@c"',
+    ),
+    "bad recipients": (
+        'transport.x.type = "discard"\n[[domain]]\nname = "*"\nrecipients = "all"\ntransport = "x"',
+        '4: domain[0].recipients: expected "any", or a list of local-parts, found "all"',
+    ),
+    "unknown type": (
+        '[transport.x]\ntype = "smtp"',
+        '2: transport.x.type: expected "maildir" or "discard", found "smtp"',
+    ),
+    "no type": ("[transport.x]\n", '1: transport.x.type: expected "maildir" or "discard", found nothing'),
+    "value for a transport": ("[transport]\nx = 5", "2: transport.x: expected a table, found 5"),
+    "value for transports": ("transport = 5", "1: transport: expected a table, found 5"),
+    "key of another type": (
+        '[transport."a b"]\ntype = "discard"\npath = "/m"',
+        '3: transport."a b".path: unknown key; known here: type',
+    ),
+    "no path": (
+        '[transport.x]\ntype = "maildir"',
+        "1: transport.x.path: missing; expected path with placeholders (A mailbox's folder",
+    ),
+    "long value": (f'user = {[1] * 1}\nworkers = "{"9" * 100}"', "1: user: expected text in quotes, found a list"),
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), ONE_ERROR.values(), ids=ONE_ERROR)
+def test_an_error_says_where_and_what(text: str, expected: str) -> None:
+    found = errors(text)
+    assert found[0].startswith(expected)
+    if expected.endswith('"') or expected[-1].isdigit():
+        assert found[0] == expected
+    assert len(found) == (2 if "\nworkers" in text else 1)
+
+
+def test_a_long_value_is_cut() -> None:
+    (found,) = errors(f'workers = "{"9" * 100}"')
+    assert found.endswith(f'found "{"9" * 76}...')
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/var/mail/{user}/{local}", "/var/mail/{domain}", "/var/mail", "/m/{local", "/m/local}", "/m/{}/{local}",
+        "/m/{local}-{domain}", "/m/x{local}", "/m/{local}/../x", "/m/{local}/./x", "/m/{local}/", "/m/{local}//x",
+        "/m/{domain}/{local}/{local}", "/m/{domain}/{domain}/{local}", "/m/{{local}}", "", "{Local}", "/\0/{local}",
+    ],
+)  # fmt: skip
+def test_mailbox_paths_that_could_collide_or_escape(path: str) -> None:
+    with pytest.raises(ValidationError, match="a path such as"):
+        Maildir(type="maildir", path=path)
+
+
+MANY = """\
+hostname = "mx 1"
+worker = 3
+
+[[listener]]
+address = ["0.0.0.0:25",
+   "[::1]:99999"]
+tls = "starttls"
+
+[limits]
+message_size = "50 MB"
+
+[[domain]]
+name = "example.org"
+recipients = ["ann"]
+transport = "mailbox"
+
+[[domain]]
+recipients = "all"
+
+[transport.mailboxes]
+type = "smtp"
+"""
+
+
+def test_all_errors_come_at_once_in_the_order_of_lines() -> None:
+    assert [error.partition(": ")[0] + ": " + error.split(": ")[1] for error in errors(MANY)] == [
+        "1: hostname",
+        "2: worker",
+        "6: listener[0].address[1]",
+        "7: listener[0].tls",
+        "10: limits.message_size",
+        "15: domain[0].transport",
+        "17: domain[1].name",
+        "17: domain[1].transport",
+        "18: domain[1].recipients",
+        "21: transport.mailboxes.type",
+    ]
+
+
+def test_one_exception_holds_them_all() -> None:
+    with pytest.raises(ConfigError) as caught:
+        read("a = 1\nb = 2")
+    first, second = caught.value.errors
+    assert (first.file, first.line, first.path) == ("f.toml", 1, "a")
+    assert (second.file, second.line, second.path) == ("f.toml", 2, "b")
+    assert str(caught.value) == f"{first}\n{second}"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a = 1\nb =\n", "2: not TOML: Invalid value"),
+        ("a = 1\n\nb c\n", "3: not TOML: Expected '=' after a key in a key/value pair"),
+        ('a = 1\n\nb = """', "3: not TOML: Unterminated string"),
+        ("workers = 1\nworkers = 2\n", "2: not TOML: Cannot overwrite a value"),
+        ("a = " + "[" * 100_000, " nested too deeply"),
+    ],
+    ids=["value", "statement", "end", "twice", "deep"],
+)
+def test_what_is_not_toml(text: str, expected: str) -> None:
+    (found,) = errors(text)
+    assert found.startswith(expected)
+
+
+def problems_of(path: Path) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load(path)
+    return [str(problem) for problem in caught.value.errors]
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    missing = tmp_path / "missing"
+    assert problems_of(missing) == [f"{missing}: cannot be read: No such file or directory"]
+    assert problems_of(tmp_path) == [f"{tmp_path}: cannot be read: Is a directory"]
+    latin = tmp_path / "latin"
+    latin.write_bytes(b'workers = 1\nuser = "J\xf6rg"\n')
+    assert problems_of(latin) == [f"{latin}:2: not UTF-8"]
+
+
+def test_a_file_is_read_and_paths_start_at_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "f.toml").write_text('data_dir = "../d"\n' + DEFAULT, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    config = load(Path("sub/f.toml"))
+    assert config.data_dir == tmp_path / "d"
+    assert config.transport["mailboxes"] == Maildir(
+        type="maildir", path=f"{tmp_path}/sub/fastsmtp-data/mail/{{domain}}/{{local}}"
+    )
+    assert str(problem_at(Path("sub/f.toml"), ("transport", "mailboxes", "path"), "no")) == (
+        "sub/f.toml:12: transport.mailboxes.path: no"
+    )
+
+
+ANYTHING = st.recursive(
+    st.sampled_from(
+        ["0", "-1", "3.5", "1e999", "nan", "true", '""', '"x"', '"*"', '"any"', '"5m"', '"1KB"', '"h:25"',
+         '"\\u0000"', '"\\n"', '"a@b"', '"{local}"', '"maildir"', "2020-01-01", "[]", "{}", str(10**400),
+         '"' + "9" * 5000 + 's"', '"unix:"', '"[x]:1"', '"1.2.3.4.5:25"', '"\\U0010ffff.example"']
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3).map(lambda items: "[" + ", ".join(items) + "]"),
+        st.tuples(st.sampled_from(["type", "x", "name", "address"]), inner).map(lambda kv: f"{{{kv[0]} = {kv[1]}}}"),
+    ),
+    max_leaves=4,
+)  # fmt: skip
+
+
+@given(st.lists(st.tuples(st.sampled_from(KEYS), ANYTHING), min_size=1, max_size=4))
+def test_whatever_stands_there_is_read_or_explained(settings: list[tuple[tuple[Section, str], str]]) -> None:
+    for (section, key), value in settings:
+        text = file_with(section, {key: value})
+        for problem in problems_in(text):
+            # the line is that of a key on the path, or of the table in which a key is missing
+            line = text.splitlines()[problem.line - 1]
+            assert line.partition(" =")[0].strip('[]"').split(".")[-1] in problem.path
+
+
+def problems_in(text: str) -> list[Problem]:
+    try:
+        read(text)
+    except ConfigError as error:
+        return error.errors
+    return []
+
+
+@given(st.lists(st.tuples(st.sampled_from(["limits", "listener", "tls", "domain", "transport"]), ANYTHING)))
+def test_whatever_stands_at_the_top_is_read_or_explained(settings: list[tuple[str, str]]) -> None:
+    text = "".join(f"{key} = {value}\n" for key, value in dict(settings).items())
+    assert all(problem.line for problem in problems_in(text))
+
+
+# Values.
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("30s", 30), ("5m", 300), ("1h30m", 5400), ("4h", 14400), ("5d", 432000), ("0s", 0), (7, 7), (0.25, 0.25),
+     ("1d2h3m4s", 93784), ("90m", 5400), (36500 * 86400, 36500 * 86400)],
+)  # fmt: skip
+def test_durations(text: object, seconds: float) -> None:
+    assert parse_duration(text) == seconds
+    assert type(parse_duration(text)) is float
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "5", "m", "5 m", "5m ", "-5m", "5M", "5m1h", "5m5m", "1.5h", "5min", "٥m", True, -1, -0.5, None, [], {},
+     float("inf"), float("nan"), 10**400, "9" * 400 + "d", 36500 * 86400 + 1],
+)  # fmt: skip
+def test_what_is_no_duration(text: object) -> None:
+    with pytest.raises(ValueError, match="a duration such as"):
+        parse_duration(text)
+
+
+@given(st.integers(0, 36500 * 86400) | st.floats(0, 36500 * 86400))
+def test_durations_are_read_as_they_are_shown(seconds: float) -> None:
+    shown = show_duration(float(seconds))
+    assert parse_duration(tomllib.loads(f"x = {shown}")["x"]) == seconds
+
+
+@given(*[st.integers(0, 500)] * 4)
+def test_a_duration_is_the_sum_of_its_parts(days: int, hours: int, minutes: int, seconds: int) -> None:
+    expected = days * 86400 + hours * 3600 + minutes * 60 + seconds
+    assert parse_duration(f"{days}d{hours}h{minutes}m{seconds}s") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "octets"),
+    [("50MB", 52428800), ("64KB", 65536), ("1GB", 1 << 30), ("2TB", 2 << 40), ("0KB", 0), (0, 0), (1000, 1000),
+     ((1 << 63) - 1, (1 << 63) - 1)],
+)  # fmt: skip
+def test_sizes(text: object, octets: int) -> None:
+    assert parse_size(text) == octets
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "5", "KB", "5 KB", "5kb", "5K", "5KiB", "-5KB", "1.5GB", "٥KB", "5KB5KB", True, -1, 1.0, None, [], {},
+     1 << 63, "9999999999TB", "9" * 5000 + "KB"],
+)  # fmt: skip
+def test_what_is_no_size(text: object) -> None:
+    with pytest.raises(ValueError, match="a size such as"):
+        parse_size(text)
+
+
+@given(st.integers(0, (1 << 63) - 1) | st.integers(0, 8000).map(lambda n: n << 30))
+def test_sizes_are_read_as_they_are_shown(octets: int) -> None:
+    assert parse_size(tomllib.loads(f"x = {show_size(octets)}")["x"]) == octets
+
+
+@pytest.mark.parametrize(
+    ("text", "endpoint"),
+    [
+        ("0.0.0.0:25", Inet("0.0.0.0", 25)),
+        ("[::]:0", Inet("::", 0)),
+        ("[2001:DB8:0::1]:65535", Inet("2001:db8::1", 65535)),
+        ("localhost:2525", Inet("localhost", 2525)),
+        ("Bücher.example:25", Inet("xn--bcher-kva.example", 25)),
+        ("unix:/run/x:1", Unix(Path("/run/x:1"))),
+        (Inet("::1", 1), Inet("::1", 1)),
+    ],
+)
+def test_addresses(text: object, endpoint: Inet | Unix) -> None:
+    assert parse_endpoint(text) == endpoint
+    assert parse_endpoint(str(endpoint)) == endpoint
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", ":", "25", ":25", "h:", "h:-1", "h:65536", "h:٢٥", "h:123456", "::1:25", "[::1]", "[::1:25", "[h]:25",
+     "1.2.3:25", "256.1.1.1:25", "[1.2.3.4]:25", "h h:25", "*:25", "unix:", "unix:a\0b", 25, None, True, {}],
+)  # fmt: skip
+def test_what_is_no_address(text: object) -> None:
+    with pytest.raises(ValueError, match='"host:port"'):
+        parse_endpoint(text)
+
+
+@pytest.mark.parametrize(("mode", "expected"), [("0660", 0o660), ("660", 0o660), (0o600, 0o600), ("000", 0)])
+def test_modes(mode: object, expected: int) -> None:
+    assert Listener(address="h:1", mode=mode).mode == expected
+
+
+@pytest.mark.parametrize("mode", ["", "66", "0668", "07777", "rw", 660, 777, -1, True, None])
+def test_what_is_no_mode(mode: object) -> None:
+    with pytest.raises(ValidationError, match="a file mode"):
+        Listener(address="h:1", mode=mode)
+
+
+@pytest.mark.parametrize(("pattern", "served"), [("b.example", True), ("*", True), ("*.example", True)])
+@pytest.mark.parametrize(("domain", "other"), [("b.example", False), ("a.c.test", True), ("example", True)])
+def test_a_postmaster_is_at_a_domain_served_here(pattern: str, served: bool, domain: str, other: bool) -> None:
+    text = f"""
+        postmaster = "a@{domain}"
+        domain = [{{name = "{pattern}", recipients = "any", transport = "x"}}]
+        transport.x.type = "discard"
+    """
+    if pattern == "*" or not other:
+        assert read(text).postmaster == f"a@{domain}"
+    else:
+        assert errors(text) == [f"2: postmaster: no [[domain]] serves {domain}"]
+
+
+def test_any_free_port_may_stand_twice() -> None:
+    assert len(read('[[listener]]\naddress = ["h:0", "h:0"]').listener[0].address) == 2
+
+
+# What is allowed, but seldom meant.
+
+
+def warn(text: str) -> str:
+    return "\n".join(warnings(read(text)))
+
+
+SERVED = '[transport.x]\ntype = "discard"\n[[domain]]\nname = "a.example"\nrecipients = "any"\ntransport = "x"\n'
+
+
+def test_warnings() -> None:
+    assert warn(f'postmaster = "p@a.example"\n{SERVED}') == ""
+    assert "postmaster is not set" in warn(SERVED)
+    assert "postmaster" not in warn(SERVED.replace("a.example", "*"))
+    assert "there is no [[domain]]" in warn("")
+    assert 'durability is "none"' in warn('spool.durability = "none"')
+    assert "no [[domain]] uses [transport.y]" in warn('transport.y.type = "discard"\n' + SERVED)
+    assert "h:1: nobody can authenticate" in warn('[[listener]]\naddress = "h:1"\nrole = "submission"')
+
+
+@pytest.mark.parametrize("address", ["127.0.0.2:25", "[::1]:25", "localhost:25", "unix:/run/x"])
+def test_no_warning_of_clear_text_on_this_machine(address: str) -> None:
+    assert "in clear" not in warn(f'[[listener]]\naddress = "{address}"')
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:25", "[::]:25", "mx.example:25"])
+def test_warning_of_clear_text(address: str) -> None:
+    listener = f'[[listener]]\naddress = ["127.0.0.1:25", "{address}"]\n'
+    assert f"127.0.0.1:25, {address}: mail crosses the network in clear" in warn(listener)
+    assert "in clear" not in warn(listener + '[tls]\ncertificate = "c"')
+
+
+def test_kinds_are_shown_as_they_are_read() -> None:
+    shows = {data.name: data for section in SECTIONS for field in section.keys.values() for data in field.metadata
+             if isinstance(data, Kind)}  # fmt: skip
+    assert shows["duration"].show(5400.0) == '"1h30m"'
+    assert shows["size"].show(65536) == '"64KB"'
+    assert [shows["file mode"].show(mode) for mode in (0o660, 0)] == ['"0660"', '"0000"']
+    assert shows["list of networks"].show((ipaddress.ip_network("192.0.2.0/24"),)) == '["192.0.2.0/24"]'

@@ -1,0 +1,203 @@
+"""Who may import whom, read from the sources.
+
+Modules stand in layers. One may import what stands in a lower layer, and to its left in its own; a few rows say less or
+more. `if TYPE_CHECKING` does not count: names in annotations are not dependencies.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import fastsmtp
+
+SOURCE = Path(fastsmtp.__file__).parent
+
+VALUES = (
+    "_parser _files _shared toml_lines address config metrics reply message verdict tls log job ids thread domains seat"
+)
+LAYERS = (
+    # wire and words: values and octets
+    VALUES.split(),
+    # protocol: decides, never waits
+    ["extensions", "commands", "session"],
+    # policy: facts in, verdict out
+    ["policy", "policy.recipients"],
+    # keep and send
+    [
+        "record",
+        "room",
+        "bodies",
+        "store",
+        "scan",
+        "trouble",
+        "commit",
+        "spool",
+        "memory_spool",
+        "delivery",
+        "delivery.discard",
+        "delivery.maildir",
+        "queue",
+    ],
+    ["connection"],
+    # process
+    ["claim", "server", "supervisor"],
+    ["embed", "cli", "__main__"],
+)
+ORDER = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
+
+# Where less is allowed than the layers say.
+DELIVERY = {*VALUES.split(), "delivery"}
+ONLY: Mapping[str, set[str]] = {
+    # One check never imports another, nor what is above the values.
+    "policy": set(VALUES.split()),
+    "policy.recipients": {*VALUES.split(), "policy"},
+    # Transports see neither queue nor spool, nor each other; the queue sees none of them.
+    "delivery": set(VALUES.split()),
+    "delivery.discard": DELIVERY,
+    "delivery.maildir": DELIVERY,
+    "queue": DELIVERY,
+    # What keeps messages is reached through the words of job.py.
+    "connection": {*VALUES.split(), "extensions", "commands", "session", "policy"},
+}
+NEVER: Mapping[str, set[str]] = {name: {"asyncio", "socket", "ssl", "threading", "os"} for name in LAYERS[1]}
+# Packages that one part of the program has to itself.
+OWNERS: Mapping[str, set[str]] = {
+    "apsw": {"store", "scan", "spool"},
+    "sqlite3": set(),
+    "uvloop": {"server"},
+    "pydantic": {"config"},
+    "click": {"cli"},
+    "idna": {"address"},
+}
+
+
+class Imports(NamedTuple):
+    """`own` are modules of the package, by their names in it; `others` are top-level names."""
+
+    own: set[str]
+    others: set[str]
+
+
+def _statements(node: ast.AST) -> Iterator[ast.Import | ast.ImportFrom]:
+    """All imports, also those inside functions; not those for the type checker."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            for other in child.orelse:
+                yield from _statements(other)
+        elif isinstance(child, ast.Import | ast.ImportFrom):
+            yield child
+        else:
+            yield from _statements(child)
+
+
+def read_imports(name: str, source: str, modules: set[str]) -> Imports:
+    """What the module `name` imports. `modules` are all there are."""
+    own: set[str] = set()
+    others: set[str] = set()
+    is_package = any(module.startswith(f"{name}.") for module in modules)
+    for statement in _statements(ast.parse(source)):
+        if isinstance(statement, ast.Import):
+            names = [alias.name for alias in statement.names]
+        else:
+            base = statement.module or ""
+            if statement.level:
+                parents = name.split(".") if is_package else name.split(".")[:-1]
+                parents = parents[: len(parents) - (statement.level - 1)]
+                base = ".".join(["fastsmtp", *parents, *([base] if base else [])])
+            names = [f"{base}.{alias.name}" for alias in statement.names]
+        for full in names:
+            package, _, inside = full.partition(".")
+            if package != "fastsmtp":
+                others.add(package)
+                continue
+            # `from .x import name` names a module x, unless x.name is one itself.
+            while inside and inside not in modules:
+                inside = inside.rpartition(".")[0]
+            own.add(inside)
+    return Imports(own - {""}, others)
+
+
+def violations(sources: Mapping[str, str]) -> list[str]:
+    """What is imported and may not be."""
+    modules = set(sources) | {"_parser", "_files", "_shared"}
+    found = []
+    for name, source in sources.items():
+        if name not in ORDER:
+            found.append(f"{name} stands in no layer")
+            continue
+        imports = read_imports(name, source, modules)
+        for other in imports.own:
+            if other not in ORDER:
+                found.append(f"{name} imports {other}, which stands in no layer")
+            elif ORDER[other] >= ORDER[name] or (name in ONLY and other not in ONLY[name]):
+                found.append(f"{name} imports {other}")
+        found += [f"{name} imports {other}" for other in imports.others & NEVER.get(name, set())]
+        found += [f"{name} imports {other}" for other in imports.others & set(OWNERS) if name not in OWNERS[other]]
+    return found
+
+
+def sources() -> dict[str, str]:
+    """The Python sources of the package, by their names in it."""
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        name = ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__")
+        if name != "__init__":  # the public names
+            found[name] = path.read_text()
+    return found
+
+
+def test_layers() -> None:
+    assert violations(sources()) == []
+
+
+def test_every_row_is_a_module() -> None:
+    assert set(ORDER) - {"_parser", "_files", "_shared"} == set(sources())
+    assert {*ONLY, *NEVER} <= set(ORDER)
+
+
+PLANTED = {
+    "upward": ("message", "from .session import Session", "message imports session"),
+    "upward, the whole module": ("address", "from . import server", "address imports server"),
+    "to the right": ("reply", "from . import verdict", "reply imports verdict"),
+    "itself": ("store", "from .store import x", "store imports store"),
+    "absolute": ("tls", "import fastsmtp.session", "tls imports session"),
+    "absolute, from": ("tls", "from fastsmtp.session import Session", "tls imports session"),
+    "in a function": ("tls", "def f():\n    from .session import Session", "tls imports session"),
+    "from a package": ("policy.recipients", "from ..spool import Spool", "policy.recipients imports spool"),
+    "a package": ("session", "from .policy import Policy", "session imports policy"),
+    "I/O in the protocol": ("session", "import asyncio", "session imports asyncio"),
+    "I/O in the protocol, from": ("commands", "from os.path import join", "commands imports os"),
+    "a transport and the queue": ("delivery.maildir", "from ..queue import Queue", "delivery.maildir imports queue"),
+    "a transport and the spool": ("delivery.discard", "from ..spool import Spool", "delivery.discard imports spool"),
+    "two transports": ("delivery.maildir", "from .discard import Discard", "delivery.maildir imports delivery.discard"),
+    "the queue and a transport": ("queue", "from .delivery.maildir import M", "queue imports delivery.maildir"),
+    "the queue and the spool": ("queue", "from .spool import Spool", "queue imports spool"),
+    "the connection and the spool": ("connection", "from .spool import Spool", "connection imports spool"),
+    "a database elsewhere": ("queue", "import apsw.ext", "queue imports apsw"),
+    "the other database": ("store", "import sqlite3", "store imports sqlite3"),
+    "nobody imports the command line": ("supervisor", "from .cli import main", "supervisor imports cli"),
+}
+
+
+@pytest.mark.parametrize(("name", "statement", "found"), PLANTED.values(), ids=PLANTED)
+def test_what_may_not_be_is_found(name: str, statement: str, found: str) -> None:
+    planted = sources()
+    planted[name] += f"\n{statement}\n"
+    assert violations(planted) == [found]
+
+
+def test_what_is_allowed_is_not_found() -> None:
+    planted = sources()
+    planted["verdict"] += "\nfrom .reply import R250_OK\n"
+    planted["tls"] += "\nif TYPE_CHECKING:\n    from .session import Session\n"
+    planted["spool"] += "\nimport apsw\nimport os\n"
+    assert violations(planted) == []
+
+
+def test_a_module_in_no_layer_is_found() -> None:
+    assert violations({**sources(), "helpers": ""}) == ["helpers stands in no layer"]
