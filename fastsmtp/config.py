@@ -420,7 +420,7 @@ class Timeouts(Table):
     command: Duration = Field(parse_duration("5m"), gt=0, description="For the next command.")
     data: Duration = Field(parse_duration("5m"), gt=0, description="For the next octets of a message.")
     data_rate: Count = Field(
-        100, ge=0, description="Octets per second that a message must bring, over a minute; 0: no matter."
+        100, ge=0, description="Octets per second that a message must bring, measured over `data`; 0: no matter."
     )
     tls: Duration = Field(parse_duration("30s"), gt=0, description="For a TLS handshake.")
     session: Duration = Field(

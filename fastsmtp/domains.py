@@ -33,15 +33,17 @@ class Domain:
 
 
 class Domains:
-    """`hostname` and `postmaster` say where mail for a bare postmaster goes."""
+    """The served domains of the server `hostname`. Where no `postmaster` is configured, a bare one is at the server's
+    own name if that is served, else at the first domain that is served by name."""
 
-    __slots__ = ("_rows", "_wildcards", "hostname", "postmaster")
+    __slots__ = ("_home", "_postmaster", "_rows", "_wildcards")
 
     def __init__(self, rows: Iterable[Domain], hostname: str, postmaster: Address | None = None) -> None:
         self._rows = {row.name: row for row in rows}
         self._wildcards = any(name.startswith("*.") for name in self._rows)
-        self.hostname = hostname
-        self.postmaster = postmaster
+        self._postmaster = postmaster
+        named = [name for name in self._rows if not name.startswith("*")]
+        self._home = hostname if self.find(hostname) or not named else named[0]
 
     def find(self, domain: str) -> Domain | None:
         """The row that serves a domain (lower-case A-labels), None when it is not ours."""
@@ -62,9 +64,9 @@ class Domains:
         domain. A mailbox of a case-sensitive domain carries its own key."""
         local = address.local
         if len(local) == 10 and local.lower() == "postmaster":
-            if self.postmaster is not None:
-                return self.postmaster
-            return address if address.domain else Address("postmaster", self.hostname)
+            if self._postmaster is not None:
+                return self._postmaster
+            return address if address.domain else Address("postmaster", self._home)
         if row is None or (row.recipients is not None and row.key(address) not in row.recipients):
             return None
         return Address(local, address.domain, f"{local}@{address.domain}") if row.case_sensitive else address

@@ -86,7 +86,7 @@ def test_postmaster() -> None:
     domains = Domains(rows, HOST, parse_address("admin@here.test"))
     for text in ("postmaster", "PostMaster@here.test", '"postmaster"@here.test'):
         assert resolve(domains, text) == "admin@here.test"
-    assert resolve(Domains(rows, HOST), "postmaster") == "postmaster@mx.here.test"
+    assert resolve(Domains(rows, HOST), "postmaster") == "postmaster@here.test"
 
 
 def test_route() -> None:
@@ -97,3 +97,17 @@ def test_route() -> None:
     transport, mailbox = domains.route(parse_address("gone@here.test"))
     assert (transport, str(mailbox)) == ("boxes", "gone@here.test")
     assert domains.route(parse_address("ann@else.test"))[0] == ""
+
+
+@pytest.mark.parametrize(
+    ("rows", "home"),
+    [
+        (["*"], "mx.test"),
+        (["here.test", "there.test"], "here.test"),
+        (["*.test"], "mx.test"),
+        (["*.else", "here.test"], "here.test"),
+    ],
+)
+def test_a_bare_postmaster_is_at_home(rows: list[str], home: str) -> None:
+    domains = Domains([Domain(name, "t") for name in rows], "mx.test")
+    assert domains.route(Address("PostMaster", "")) == ("t", Address("postmaster", home))
