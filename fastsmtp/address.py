@@ -147,7 +147,12 @@ def parse_domain(text: str) -> str:
     if not text.isascii():
         try:
             labels = idna.uts46_remap(text, std3_rules=False).split(".")
-            text = ".".join([a if a.isascii() else idna.alabel(a).decode("ascii") for a in labels])
+            text = ""
+            for label in labels:
+                text += f".{label if label.isascii() else idna.alabel(label).decode('ascii')}"
+                if len(text) > DOMAIN_LIMIT + 1:  # refused below; each label takes 10 µs
+                    break
+            text = text[1:]
         except UnicodeError:
             raise AddressError("the domain is not a valid internationalised name") from None
     if text.endswith("."):

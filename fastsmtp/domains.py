@@ -41,7 +41,7 @@ class Domains:
     def __init__(self, rows: Iterable[Domain], hostname: str, postmaster: Address | None = None) -> None:
         self._rows = {row.name: row for row in rows}
         self._wildcards = any(name.startswith("*.") for name in self._rows)
-        self._postmaster = postmaster
+        self._postmaster = postmaster and _keyed(postmaster, self.find(postmaster.domain))
         named = [name for name in self._rows if not name.startswith("*")]
         self._home = hostname if self.find(hostname) or not named else named[0]
 
@@ -69,13 +69,20 @@ class Domains:
             return address if address.domain else Address("postmaster", self._home)
         if row is None or (row.recipients is not None and row.key(address) not in row.recipients):
             return None
-        return Address(local, address.domain, f"{local}@{address.domain}") if row.case_sensitive else address
+        return _keyed(address, row)
 
     def route(self, address: Address) -> tuple[str, Address]:
         """The transport for an accepted address ("" when none is left), and the mailbox that it stands for. A list
         that has changed since loses no mail."""
         row = self.find(address.domain)
-        mailbox = self.resolve(address, row) or address
+        mailbox = self.resolve(address, row) or _keyed(address, row)
         if mailbox.domain != address.domain:
             row = self.find(mailbox.domain)
         return (row.transport if row is not None else "", mailbox)
+
+
+def _keyed(address: Address, row: Domain | None) -> Address:
+    """The address with the key that it has in its domain."""
+    if row is None or not row.case_sensitive:
+        return address
+    return Address(address.local, address.domain, f"{address.local}@{address.domain}")

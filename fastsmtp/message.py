@@ -178,20 +178,26 @@ _TRACE_FIELD = re.compile(
 )
 
 
-def trace(header: bytes) -> tuple[int, frozenset[str]]:
-    """How often a message was received, and the mailboxes it was delivered to, by its header section.
+def trace(header: bytes, most: int) -> tuple[int, frozenset[str]]:
+    """How often a message was received, or delivered if that is more, and the mailboxes it was delivered to, by its
+    header section. Behind `most` fields of either kind nothing is looked at: an address takes up to 0.3 ms.
 
     Mailboxes are keys as in `Address.mailbox`. What is no address is passed over.
     """
-    hops = 0
+    hops = deliveries = 0
     mailboxes = set()
     for match in _TRACE_FIELD.finditer(header):
         if match[1].lower() == b"received":
             hops += 1
+        else:
+            deliveries += 1
+        if max(hops, deliveries) > most:
+            break
+        if match[1].lower() == b"received":
             continue
         text = b"".join(match[2].split()).decode("utf-8", "replace").strip("<>")
         try:
             mailboxes.add(parse_address(text).mailbox)
         except AddressError:
             pass
-    return hops, frozenset(mailboxes)
+    return max(hops, deliveries), frozenset(mailboxes)

@@ -130,7 +130,7 @@ class Worker:
         self._add_spool(self._open_spool(seat.index), domains)
         for left_over in self._left_over_spools():
             self._add_spool(self._open_spool(left_over), domains)
-        self._guard = Guard(self._loop, self._doors, len(seat.sockets), self._log)
+        self._guard = Guard(self._loop, self._doors, self._log)
         for number, listener in enumerate(config.listener):
             service = self._make_service(number, listener, domains)
             self._services.append(service)
@@ -368,11 +368,11 @@ class Door:
 
         if listening.family == socket.AF_UNIX:
             server: asyncio.AbstractServer = await service.loop.create_unix_server(
-                accept, sock=listening, backlog=guard.backlog, ssl=context, ssl_handshake_timeout=timeout
+                accept, sock=listening, backlog=BACKLOG, ssl=context, ssl_handshake_timeout=timeout
             )
         else:
             server = await service.loop.create_server(
-                accept, sock=listening, backlog=guard.backlog, ssl=context, ssl_handshake_timeout=timeout
+                accept, sock=listening, backlog=BACKLOG, ssl=context, ssl_handshake_timeout=timeout
             )
         if self.is_open:
             self._server = server
@@ -395,19 +395,16 @@ class Door:
 
 
 class Guard:
-    """Closes the doors before descriptors run out, and opens them when some are free again.
+    """Closes the doors before descriptors run out, and opens them when enough are free again.
 
-    At the limit libuv would accept clients and drop them unheard. It accepts all that wait in a socket's queue at one
-    go, and a door can be closed only behind that: so the queues are kept short enough for what is left. The kernel
-    gives out the lowest free number, so the next one says how far the numbers have come.
+    At the limit libuv would accept clients and drop them unheard. It accepts one client in a round of the loop, so a
+    door that is closed at the end of the round is closed in time.
     """
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, doors: list[Door], number: int, log: Log) -> None:
-        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        reserve = min(RESERVE, limit // 4)
-        self.backlog = max(1, min(BACKLOG, limit // 4 // max(1, number)))
-        self._limit = limit
-        self._close_at = limit - reserve - number * self.backlog
+    def __init__(self, loop: asyncio.AbstractEventLoop, doors: list[Door], log: Log) -> None:
+        self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        reserve = min(RESERVE, self._limit // 4)
+        self._close_at = self._limit - reserve
         self._open_at = self._close_at - reserve // 2
         self._loop = loop
         self._doors = doors
@@ -417,7 +414,7 @@ class Guard:
 
     def admit(self) -> None:
         """Called for each client accepted; takes 1 µs."""
-        if not self._closing and self._next_number() >= self._close_at:
+        if not self._closing and self._lowest_free() >= self._close_at:
             self._closing = True
             self._loop.call_soon(self._close)
 
@@ -428,7 +425,7 @@ class Guard:
         if all(door.is_open for door in self._doors):
             self._log.write(logs.ACCEPT_RESUMED, time.monotonic() - self._since)
             self._since = 0.0
-        elif self._next_number() < self._open_at:
+        elif self._in_use() < self._open_at:
             for door in self._doors:
                 if not door.is_open:
                     door.reopen()
@@ -441,13 +438,21 @@ class Guard:
             self._since = time.monotonic()
             self._log.write(logs.ACCEPT_PAUSED, f"{self._close_at} of {self._limit} descriptors are in use")
 
-    def _next_number(self) -> int:
+    def _lowest_free(self) -> int:
+        """The kernel gives out the lowest free number: all below it are in use. Others may be, above a hole."""
         try:
             number = os.dup(0)
         except OSError:
             return self._limit
         os.close(number)
         return number
+
+    def _in_use(self) -> int:
+        """Exact, and as slow as they are many (1 ms for 1,000)."""
+        try:
+            return len(os.listdir("/proc/self/fd"))
+        except OSError:
+            return self._limit
 
 
 def _withheld(listener: Listener) -> Callable[[str], frozenset[str]] | None:

@@ -267,10 +267,13 @@ class Spool:
 
     def finish(self, marks: Sequence[Mark]) -> None:
         """Takes what became of recipients of held jobs; durable with the next commit. Finished recipients
-        leave `Job.pending` at once; a job without any is over and need not be released."""
+        leave `Job.pending` at once; a job without any is over and need not be released. What one transport still
+        had of a message that was set aside for another is not noted."""
         held = self._scan.held
         for mark in marks:
-            self._commit.finish(held[mark.key], mark)
+            job = held.get(mark.key)
+            if job is not None:
+                self._commit.finish(job, mark)
 
     async def claim(self, now: float, n: int) -> list[Job]:
         """Jobs that are due, and mail that was never tried and is not in memory: up to `n`, or some more."""
@@ -282,7 +285,7 @@ class Spool:
         return jobs
 
     async def read(self, job: Job) -> bool:
-        """Brings the body back: into `parts`, or checks its file. False: the job is no longer the queue's,
+        """Brings the body back: into `parts`, or checks its file. False: nothing more of the job is to be delivered,
         its message is damaged and was set aside, or cannot be read now and will be claimed again later."""
         message = job.message
         try:
@@ -298,8 +301,10 @@ class Spool:
             why = f"its body cannot be read: {error}"
         except (apsw.Error, OSError) as error:
             self._trouble.warn("read", str(error))
-            self._loop.call_later(RETRY_SECONDS, self.release, job)
+            self._loop.call_later(RETRY_SECONDS, self._release_idle, job)
             return False
+        if self._scan.held.get(job.key) is not job:
+            return False  # read for two transports, and set aside for the other
         if why:
             self._set_aside(job.key, why, message.id, message.file)
             return False
@@ -335,6 +340,12 @@ class Spool:
     def release(self, job: Job) -> None:
         """Gives a job back; once its marks are durable, what is pending of it can be claimed."""
         self._commit.release(job)
+
+    def _release_idle(self, job: Job) -> None:
+        """Gives a job back that could not be read, unless another transport has it: claimed again, its recipients
+        would be delivered to twice. Behind that the queue gives it back."""
+        if not job.deliveries:
+            self.release(job)
 
     def _set_aside(self, key: int, why: str, message_id: str = "", path: str = "") -> None:
         """Notes a damaged message; its recipients are no longer pending when that is durable."""

@@ -24,7 +24,6 @@ from functools import lru_cache
 from hashlib import sha256
 from itertools import count
 from typing import TYPE_CHECKING
-from unicodedata import normalize
 
 from .._files import make_dirs, write_batch
 from ..address import Address
@@ -58,21 +57,22 @@ _MEANING: dict[int, tuple[Result, str, Scope]] = {
 def folder_name(text: str) -> str:
     """A local-part or domain as a folder's name: ASCII, never `.`, `..` or hidden, at most 250 octets.
 
-    Two texts have one name only when they are equal as case-folded NFC. In an encoded name two hexadecimal
-    digits follow every `%`; so `%-`, the mark of a hashed name, and a lone `%`, the empty text, are in none.
+    Two texts have one name only when they are equal; whether case matters is decided by `Address.mailbox`. In an
+    encoded name two hexadecimal digits follow every `%`; so `%-`, the mark of a hashed name, and a lone `%`, the
+    empty text, are in none.
     """
     if _PLAIN.fullmatch(text):
         return text
-    folded = text.lower() if text.isascii() else normalize("NFC", normalize("NFD", text).casefold())
-    raw = _UNSAFE.sub(lambda match: b"%%%02X" % match[0][0], folded.encode("utf-8", "surrogatepass"))
+    raw = _UNSAFE.sub(lambda match: b"%%%02X" % match[0][0], text.encode("utf-8", "surrogatepass"))
     if len(raw) > FOLDER_LIMIT:
         raw = raw[:FOLDER_LIMIT] + b"%-" + sha256(raw).hexdigest()[:48].encode()
     return raw.decode("ascii") or "%"
 
 
 @lru_cache(maxsize=CACHE_SIZE)
-def mailbox_path(pattern: str, local: str, domain: str) -> bytes:
-    """The mailbox that `pattern` gives for an address. A folder's name holds no brace."""
+def mailbox_path(pattern: str, mailbox: str) -> bytes:
+    """The folder that `pattern` gives for an `Address.mailbox`. A folder's name holds no brace."""
+    local, _, domain = mailbox.rpartition("@")
     return os.fsencode(pattern.replace("{domain}", folder_name(domain)).replace("{local}", folder_name(local)))
 
 
@@ -148,7 +148,7 @@ class Maildir:
             head = f"Return-Path: <{reverse_path}>\nDelivered-To: {_one_line(address)}\n"
             yield (
                 b"%d.%x.%s" % (self._worker, next(self._counter), self._token),
-                mailbox_path(self._pattern, address.local, address.domain),
+                mailbox_path(self._pattern, address.mailbox),
                 f"{name}{number}.{self._host}".encode(),
                 (head.encode("utf-8", "replace"), *content),
                 strip,
@@ -158,7 +158,7 @@ class Maildir:
         result, status, scope = _MEANING.get(error, _DEFERRED)
         if error == ENODATA:
             return Outcome(result, status, f"{message.file}: missing or shorter than the message", scope)
-        mailbox = os.fsdecode(mailbox_path(self._pattern, address.local, address.domain))
+        mailbox = os.fsdecode(mailbox_path(self._pattern, address.mailbox))
         return Outcome(result, status, f"{mailbox}: {os.strerror(error)}", scope)
 
     # What follows runs in the thread.

@@ -1,0 +1,298 @@
+"""kill -9 at random moments under load: nothing that was acknowledged is lost, altered or given to another.
+
+Clients send messages of the ledger and note what they are answered; a reader looks at every file in new/ as soon as
+it is there and moves half of them to cur/, as readers do. Meanwhile a worker, the supervisor or the whole group is
+killed, also while it starts and recovers; now and then the server is stopped in order. In the end everything is
+delivered, and the ledger is verified.
+`--kills N` is the long form: n faults without a loss bound the loss at 3/n per fault (95 %). A killed process loses
+nothing that it has written: what a power cut does is not shown here. KILL_SEED repeats the choices of a run, though
+not its moments.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from ledger import DOMAIN, Ledger, Outcome, any_size, find_fault, make_body, outcome_of, read_ledger, verify
+from peer import GoneError, Peer, stuff
+from servers import PATIENCE, Server, files, free_port, read_mail, toml
+
+CLIENTS = 6
+PAUSE = 0.06  # seconds between two groups of a client, on average: the disk is not what is tested
+SHORT_KILLS = 12
+SHORT_SECONDS = 35.0
+ROUND = 25  # kills between two looks at the ledger
+MAILBOXES = [f"box{n}@here.test" for n in range(8)]
+
+
+class Sent:
+    """A message on its way."""
+
+    def __init__(self, message_id: str, body: bytes, recipients: list[str]) -> None:
+        self.id = message_id
+        self.body = body
+        self.recipients = recipients
+        self.outcome = Outcome.UNKNOWN
+        lines = [f"MAIL FROM:<{message_id}@{DOMAIN}>", *(f"RCPT TO:<{recipient}>" for recipient in recipients)]
+        self.envelope = "".join(f"{line}\r\n" for line in lines).encode()
+        self.answers = len(lines)
+
+
+class Client(threading.Thread):
+    """Sends messages in pipelined groups, over one connection until it breaks, then over the next."""
+
+    def __init__(self, address: str, ledger: Ledger, seed: int, done: threading.Event) -> None:
+        super().__init__()
+        self._address = address
+        self._ledger = ledger
+        self._chance = random.Random(seed)
+        self._done = done
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            while not self._done.is_set():
+                self._session()
+        except Exception as error:
+            self.error = error
+
+    def _session(self) -> None:
+        try:
+            peer = Peer(self._address)
+        except (ConnectionError, GoneError):
+            self._done.wait(0.02)
+            return
+        with peer:
+            try:
+                while not self._done.is_set() and self._chance.random() < 0.95:
+                    self._send_group(peer)
+                    self._done.wait(self._chance.uniform(0, 2 * PAUSE))
+            except GoneError:
+                pass
+
+    def _send_group(self, peer: Peer) -> None:
+        chance = self._chance
+        group = []
+        for _ in range(chance.choice((1, 1, 2, 5))):
+            message_id = self._ledger.next_id()
+            body = make_body(message_id, any_size(chance), chance)
+            group.append(Sent(message_id, body, chance.sample(MAILBOXES, chance.choice((1, 1, 1, 2, 4)))))
+        try:
+            if chance.random() < 0.5:
+                self._send_data(peer, group)
+            else:
+                self._send_bdat(peer, group)
+        finally:
+            for sent in group:
+                self._ledger.write(sent.id, sent.body, sent.recipients, sent.outcome)
+
+    def _send_data(self, peer: Peer, group: list[Sent]) -> None:
+        """Each end-of-data with the next envelope behind it."""
+        peer.send(group[0].envelope + b"DATA\r\n")
+        for sent, following in zip(group, [*group[1:], None], strict=True):
+            replies = peer.replies(sent.answers + 1)
+            if replies[-1][:1] != "3":
+                sent.outcome = outcome_of(replies[-1])
+                return
+            peer.send(stuff(sent.body) + (following.envelope + b"DATA\r\n" if following else b""))
+            sent.outcome = outcome_of(peer.reply())
+
+    def _send_bdat(self, peer: Peer, group: list[Sent]) -> None:
+        """All in one write, every message in two chunks."""
+        out = b""
+        for sent in group:
+            half = self._chance.randrange(len(sent.body) + 1)
+            first, last = sent.body[:half], sent.body[half:]
+            out += b"%sBDAT %d\r\n%sBDAT %d LAST\r\n%s" % (sent.envelope, len(first), first, len(last), last)
+        peer.send(out)
+        for sent in group:
+            sent.outcome = outcome_of(peer.replies(sent.answers + 2)[-1])
+
+
+class Reader(threading.Thread):
+    """Reads what comes into new/; half of it moves on to cur/."""
+
+    def __init__(self, mail: Path, done: threading.Event) -> None:
+        super().__init__()
+        self._mail = mail
+        self._done = done
+        self._seen: set[Path] = set()
+        self.faults: list[str] = []
+
+    def run(self) -> None:
+        while not self._done.is_set():
+            self._look()
+            self._done.wait(0.02)
+
+    def _look(self) -> None:
+        for path in self._mail.glob("*/*/new/*"):
+            if path in self._seen:
+                continue
+            self._seen.add(path)
+            try:
+                mail = read_mail(path)
+                fault = find_fault(mail.sender.removesuffix(f"@{DOMAIN}"), mail.body.replace(b"\n", b"\r\n"))
+            except ValueError as error:
+                fault = str(error)
+            if fault:
+                self.faults.append(f"{path}: {fault}")
+            if len(self._seen) % 2:
+                path.rename(path.parent.parent / "cur" / f"{path.name}:2,S{len(self._seen)}")
+                self._seen.discard(path)  # what comes again under this name is looked at again
+
+
+class Run:
+    """One round of kills over one folder."""
+
+    def __init__(self, folder: Path, chance: random.Random, tables: str = "") -> None:
+        self.chance = chance
+        self.port = free_port()
+        listener = f'[[listener]]\naddress = "127.0.0.1:{self.port}"\n'
+        tables = tables or '[timeouts]\nshutdown = "5s"\n'
+        self.server = Server(folder, toml(folder, workers=2, listeners=listener, tables=tables))
+        self.ledger = Ledger(folder / "ledger")
+        self.faults: list[float] = []
+        self.restarts: list[float] = []  # seconds
+        self.struck: Counter[str] = Counter()
+
+    def kill(self, kills: int, until: float) -> None:
+        """Serves clients, and kills so often or so long."""
+        self.server.start()
+        done = threading.Event()
+        clients = [
+            Client(f"127.0.0.1:{self.port}", self.ledger, self.chance.getrandbits(32), done) for _ in range(CLIENTS)
+        ]
+        reader = Reader(self.server.mail, done)
+        threads = [*clients, reader]
+        for thread in threads:
+            thread.start()
+        try:
+            while sum(self.struck.values()) < kills and time.monotonic() < until:
+                time.sleep(self.chance.uniform(0, 2.5) if self.chance.random() < 0.7 else self.chance.uniform(0, 0.1))
+                self.strike()
+            time.sleep(0.5)
+        finally:
+            done.set()
+            for thread in threads:
+                thread.join(2 * PATIENCE)
+        assert not any(thread.is_alive() for thread in threads), self.server.story("a client hangs")
+        assert [client.error for client in clients if client.error] == []
+        assert reader.faults == []
+
+    def strike(self) -> None:
+        kind = self.chance.choices(("worker", "supervisor", "group", "start", "stop"), (5, 2, 2, 1, 1))[0]
+        if kind == "worker":
+            workers = self.server.workers()
+            if not workers:  # killed just now, not yet started again
+                return
+            self.faults.append(time.time())
+            os.kill(self.chance.choice(workers), signal.SIGKILL)
+        else:
+            if kind == "stop":  # in order, which is no excuse for a duplicate
+                assert self.server.stop() == 0, self.server.story("an orderly end")
+            else:
+                self.faults.append(time.time())
+                if kind == "supervisor":
+                    self.server.process.kill()
+                    self.server.process.wait()
+                else:
+                    self.server.kill()
+            if kind == "start":
+                self.server.launch()
+                time.sleep(self.chance.uniform(0, 1))
+                self.faults.append(time.time())
+                self.server.kill()
+            started = time.monotonic()
+            self.server.start_again()
+            self.restarts.append(time.monotonic() - started)
+        self.struck[kind] += 1
+
+    def drain(self) -> None:
+        """Waits until every acknowledged message is in its mailboxes; whether they are the right ones says verify."""
+        entries = read_ledger(self.ledger.path).values()
+        acked = sum(len(entry.recipients) for entry in entries if entry.outcome == Outcome.ACKED.value)
+        deadline = time.monotonic() + PATIENCE
+        count, since = 0, time.monotonic()
+        while (count < acked or time.monotonic() - since < 1.5) and time.monotonic() < deadline:
+            found = len(files(self.server.mail))
+            if found != count:
+                count, since = found, time.monotonic()
+            time.sleep(0.1)
+
+    def check_rest(self) -> None:
+        """Nothing is left over: no message in a spool, no body, no temporary file."""
+        before = len(self.server.events("spool-opened"))
+        assert self.server.stop() == 0, self.server.story("the end")
+        self.server.start()
+        opened = self.server.wait_for("spool-opened", before + 2)[before:]
+        assert [line["messages"] for line in opened] == [0, 0]
+        assert self.server.stop() == 0, self.server.story("the end")
+        assert list(self.server.folder.glob("data/spool/*/body/*")) == []
+        assert list(self.server.mail.glob(".*/*")) == []
+        assert list(self.server.mail.glob("*/*/tmp/*")) == []
+        assert self.server.events("set-aside") == []
+        self.server.check_bugs()
+
+
+@pytest.mark.timeout(0)
+def test_kill(tmp_path: Path, pytestconfig: pytest.Config) -> None:
+    kills = pytestconfig.getoption("--kills")
+    seed = int(os.environ.get("KILL_SEED") or random.randrange(1 << 32))
+    chance = random.Random(seed)
+    until = time.monotonic() + (float("inf") if kills else SHORT_SECONDS)
+    left = kills or SHORT_KILLS
+    number = 0
+    while left > 0 and time.monotonic() < until:
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        run = Run(folder, chance)
+        try:
+            run.kill(min(left, ROUND), until)
+            run.drain()
+            run.check_rest()
+        finally:
+            run.server.kill()
+            run.ledger.close()
+        outcomes = Counter(entry.outcome for entry in read_ledger(run.ledger.path).values())
+        print(
+            f"KILL_SEED={seed}, round {number}: {dict(run.struck)}, {dict(outcomes)},"
+            f" {len(files(run.server.mail))} files, accepted again within {max(run.restarts, default=0):.1f} s"
+        )
+        assert verify(run.ledger.path, run.server.mail, run.faults) == []
+        assert outcomes["acked"] > 20 * sum(run.struck.values()), "there was hardly any load"
+        assert outcomes["5xx"] == 0
+        assert max(run.restarts, default=0) < PATIENCE / 2
+        left -= sum(run.struck.values())
+        number += 1
+        for path in [*files(run.server.mail), *folder.glob("log")]:
+            path.unlink()
+
+
+def test_a_server_that_keeps_nothing_is_found_out(tmp_path: Path) -> None:
+    """The loop is no good if it finds no loss where there is one: nothing can be delivered, all is in memory."""
+    tables = '[spool]\ndurability = "none"\n'
+    run = Run(tmp_path, random.Random(1), tables)
+    try:
+        run.server.start()
+        (run.server.mail / "here.test").touch()
+        with Peer(run.server.address) as peer:
+            for _ in range(5):
+                message_id = run.ledger.next_id()
+                body = make_body(message_id, 1000, run.chance)
+                reply = peer.bdat(MAILBOXES[:1], body, sender=f"{message_id}@{DOMAIN}")
+                run.ledger.write(message_id, body, MAILBOXES[:1], outcome_of(reply))
+        run.server.kill()
+        (run.server.mail / "here.test").unlink()
+        run.server.start_again()
+        assert run.server.stop() == 0
+        assert [each.rule for each in verify(run.ledger.path, run.server.mail)] == ["A"] * 5
+    finally:
+        run.server.kill()
+        run.ledger.close()
