@@ -33,6 +33,9 @@ class Transport:
     def get_extra_info(self, name: str) -> object:
         return ("192.0.2.1", 1) if name == "peername" else None
 
+    def is_closing(self) -> bool:
+        return False
+
     def write(self, octets: bytes) -> None:
         pass
 
@@ -82,6 +85,7 @@ def bench_transaction(benchmark: Any, connect: Callable[[], Connection]) -> None
     def run() -> None:
         for step in STEPS:
             connection.data_received(step)
+            connection.service.send()
 
     benchmark.pedantic(run, rounds=5000, warmup_rounds=500)
     benchmark.extra_info["transactions/s"] = round(1 / benchmark.stats.stats.median)
@@ -92,6 +96,7 @@ def bench_connection_with_one_transaction(benchmark: Any, connect: Callable[[], 
         connection = connect()
         for step in STEPS:
             connection.data_received(step)
+            connection.service.send()
         connection.data_received(b"QUIT\r\n")
         connection.connection_lost(None)
 

@@ -106,14 +106,15 @@ def parse_rcpt(line: Line, brackets: bool) -> tuple[Address, bool, Mapping[str, 
 
 
 def _parse_path(line: Line, word: bytes, brackets: bool, bad: Reply) -> tuple[Address, bool, bytes]:
-    """The address, whether its path is ASCII, and what stands behind it. Blanks before the path are tolerated:
-    clients send them."""
+    """The address, whether its path is ASCII, and what stands behind it. Blanks before the word and before the path are
+    tolerated: clients send them."""
     rest = line.rest
     if line.local is not None:
         address = Address(line.local, line.domain) if line.domain else NULL
         end = line.tail
         is_ascii = True
     else:
+        rest = rest.lstrip(b" ")
         if rest[: len(word)].upper() != word:
             raise CommandError(bad)
         path = rest[len(word) :].lstrip(b" ")

@@ -173,6 +173,7 @@ class GroupCommit:
                 self._answer(self._round.entries, Refused(UNDECIDED, None))
                 break
         self.healthy = False
+        self._busy = True  # for good: a mark that comes later would open the database anew
 
     def _schedule(self) -> None:
         if not self._busy:

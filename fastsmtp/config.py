@@ -424,7 +424,9 @@ class Timeouts(Table):
     )
     tls: Duration = Field(parse_duration("30s"), gt=0, description="For a TLS handshake.")
     session: Duration = Field(
-        parse_duration("1h"), gt=0, description="A session's greatest age; it ends between transactions only."
+        parse_duration("1h"),
+        gt=0,
+        description="A session's greatest age; it ends between transactions, at twice that age in any case.",
     )
     oversize: Duration = Field(
         parse_duration("10m"), gt=0, description="How long a message over the size limit is read to its end."

@@ -45,7 +45,9 @@ from .tls import describe
 from .verdict import Ask, Client, Refused, Store, Stored, Verdict
 
 UNREAD_LIMIT = 65536  # octets fed and not interpreted, above which the client is not read
-GROUP_LIMIT = 1000  # replies that leave in one write; HELP is answered with 25 times its octets
+# Replies that leave in one write; behind them other clients have their turn. Of the dearest commands (addresses with
+# U-labels) so many take 15 ms.
+GROUP_LIMIT = 50
 LINGER = 5.0  # seconds that a client has to take our last words while it still sends
 
 # Names of this module: on Python 3.11 looking up an Enum's member costs 0.05 µs each time.
@@ -100,12 +102,14 @@ class Times:
 class Service:
     """What all connections of one listener share.
 
-    `rounds` are the sets that are checked in turn, one each second: a connection stays in one for its life.
+    `rounds` are the sets that are checked in turn, one each second: a connection stays in one until it only has to
+    take our last words, then it stands in `leaving`, which is checked each second.
     """
 
     __slots__ = (
-        "context", "counters", "draining", "early_refused", "keeper", "log", "loop", "make_parser", "name", "policy",
-        "rounds", "session_limit", "shared", "tasks", "terms", "times", "turn", "withheld", "worker",
+        "context", "counters", "draining", "early_refused", "keeper", "leaving", "log", "loop", "make_parser", "name",
+        "outbox", "policy", "rounds", "session_limit", "shared", "tasks", "terms", "times", "turn", "withheld",
+        "worker",
     )  # fmt: skip
 
     def __init__(
@@ -153,18 +157,20 @@ class Service:
             bare=bare,
         )
         self.draining = False
+        self.outbox: list[tuple[asyncio.Transport, bytes]] = []
         self.tasks: set[asyncio.Task[None]] = set()
         self.rounds: list[set[Connection]] = [set() for _ in range(self.times.period)]
+        self.leaving: set[Connection] = set()
         self.turn = 0
 
     def connections(self) -> list[Connection]:
-        return [connection for each in self.rounds for connection in each]
+        return [connection for each in (*self.rounds, self.leaving) for connection in each]
 
     def tick(self) -> None:
         """Called once a second: checks the connections whose turn it is; all of them when the end is waited for."""
         self.turn = (self.turn + 1) % len(self.rounds)
         now = time.monotonic()
-        for connection in self.connections() if self.draining else tuple(self.rounds[self.turn]):
+        for connection in self.connections() if self.draining else (*self.rounds[self.turn], *self.leaving):
             connection.check(now)
 
     def drain(self) -> None:
@@ -175,6 +181,22 @@ class Service:
 
     def count(self, counter: Counter, n: int = 1) -> None:
         self.shared.add(self.worker, counter, n)
+
+    def post(self, transport: asyncio.Transport, octets: bytes) -> None:
+        """Has octets sent when every session that can go on has gone on. A write runs the kernel's whole network
+        stack and wakes the client: sessions after sessions, then writes after writes, take 10 % less CPU."""
+        if not self.outbox:
+            self.loop.call_soon(self.send)
+        self.outbox.append((transport, octets))
+
+    def send(self) -> None:
+        """Sends what was posted."""
+        outbox = self.outbox
+        if outbox:
+            self.outbox = []
+            for transport, octets in outbox:
+                if not transport.is_closing():
+                    transport.write(octets)
 
     def run(self, work: Coroutine[None, None, None]) -> None:
         """Runs a coroutine that nobody waits for."""
@@ -189,7 +211,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "body_since", "busy", "client", "closing", "draft", "end", "head_open", "marked", "message", "octets",
         "opened", "out", "parser", "paused", "pumping", "round", "service", "session", "since", "stalled",
-        "too_big_since", "transport",
+        "too_big_since", "transport", "yielded",
     )  # fmt: skip
 
     def __init__(self, service: Service) -> None:
@@ -201,6 +223,7 @@ class Connection(asyncio.Protocol):
         self.paused = Pause.NONE
         self.busy = True  # something is waited for: no command is interpreted; at first the greeting
         self.pumping = False
+        self.yielded = False  # there is more to interpret: other clients have their turn before
         self.closing = False
         self.head_open = False  # the draft has not been told yet that the header is whole
         self.end = ""  # why the session ended
@@ -267,9 +290,11 @@ class Connection(asyncio.Protocol):
             self._pump()
 
     def eof_received(self) -> bool:
-        # What was sent before is answered; then the transport closes.
+        # What was sent before is answered; then the transport closes. TLS has no half-open connections.
         self.end = self.end or "eof"
-        return self.busy and not self.closing
+        self.service.send()
+        unanswered = self.busy or self.yielded or self.stalled > 0
+        return unanswered and not self.closing and not self.client.tls
 
     def connection_lost(self, exc: Exception | None) -> None:
         service = self.service
@@ -337,8 +362,9 @@ class Connection(asyncio.Protocol):
                     self._write(event.chunk)
                 elif type(event) is BodyEnd:
                     self._act(self._take_end(event), b".")
-                if len(self.out) > GROUP_LIMIT:
-                    self._flush()
+                if len(self.out) >= GROUP_LIMIT:
+                    self._yield()
+                    break
         except FrameError as error:
             self._act(self.session.lost(error), b"")
         except Exception as error:
@@ -348,12 +374,27 @@ class Connection(asyncio.Protocol):
         out = self.out
         if out:
             if self.transport is not None:
-                self.transport.write(out[0] if len(out) == 1 else b"".join(out))
+                self.service.post(self.transport, out[0] if len(out) == 1 else b"".join(out))
             out.clear()
-        if self.end == "eof" and not self.busy and not self.closing and self.transport is not None:
+        ended = self.end == "eof" and not (self.busy or self.yielded or self.stalled or self.closing)
+        if ended and self.transport is not None:
+            self.service.send()
             self.transport.close()
         if self.paused and self.paused & Pause.UNREAD and parser.unread <= UNREAD_LIMIT:
             self._resume(Pause.UNREAD)
+
+    def _yield(self) -> None:
+        """Goes on with what was read when other clients had their turn."""
+        if not self.yielded:
+            self.yielded = True
+            self.service.loop.call_soon(self._go_on)
+        if self.parser.unread > UNREAD_LIMIT:
+            self._pause(Pause.UNREAD)
+
+    def _go_on(self) -> None:
+        self.yielded = False
+        if not self.busy and not self.closing:
+            self._pump()
 
     def _receive_early(self, line: Line) -> Answer:
         """The answer to a command behind which more was sent already."""
@@ -497,16 +538,18 @@ class Connection(asyncio.Protocol):
         session = self.session
         transaction = session.transaction
         reverse_path = transaction.envelope.reverse_path if transaction else session.subject
+        recipient = str(session.subject) if stage == b"RCPT" else ""
         service.log.write(
             logs.REFUSED, self.client.ip, "end-of-data" if stage == b"." else stage.decode(), reason(reply),
-            f"{reply.code} {reply.enhanced} {reply.text}", str(reverse_path) or "<>", str(session.subject),
+            f"{reply.code} {reply.enhanced} {reply.text}", str(reverse_path) or "<>", recipient,
         )  # fmt: skip
 
     def _flush(self) -> None:
-        out = self.out
-        if out and self.transport is not None:
-            self.transport.write(out[0] if len(out) == 1 else b"".join(out))
-        out.clear()
+        """Sends now what is waiting, in its order."""
+        if self.out and self.transport is not None:
+            self.service.post(self.transport, b"".join(self.out))
+        self.out.clear()
+        self.service.send()
 
     def _bug(self, error: Exception) -> None:
         self.service.log.write(logs.BUG, "connection", repr(error), logs.trace(error))
@@ -527,6 +570,9 @@ class Connection(asyncio.Protocol):
         self.end = end
         self.closing = True
         self.since = 0.0
+        self.round.discard(self)
+        self.round = self.service.leaving
+        self.round.add(self)
         self.parser.discard()
         self._flush()
         transport = self.transport
@@ -570,7 +616,8 @@ class Connection(asyncio.Protocol):
             self._check_body(now)
         elif now - self.since > times.command:
             self._bye(R421_TIMEOUT, "timeout")
-        elif now - self.opened > times.session and self.session.transaction is None:
+        elif now - self.opened > times.session * (1 if self.session.transaction is None else 2):
+            # Between transactions; but a client may never be between two, or never end one.
             self._bye(R421_SESSION_TOO_OLD, "session too old")
         else:
             self.body_since = self.too_big_since = 0.0

@@ -179,25 +179,23 @@ _TRACE_FIELD = re.compile(
 
 
 def trace(header: bytes, most: int) -> tuple[int, frozenset[str]]:
-    """How often a message was received, or delivered if that is more, and the mailboxes it was delivered to, by its
-    header section. Behind `most` fields of either kind nothing is looked at: an address takes up to 0.3 ms.
+    """How often a message was received, and the mailboxes it was delivered to, by its header section.
 
-    Mailboxes are keys as in `Address.mailbox`. What is no address is passed over.
+    With more than `most` deliveries it is a loop whatever they were: as many hops, and no address of the rest is
+    read, which takes up to 0.3 ms each. Mailboxes are keys as in `Address.mailbox`. What is no address is passed over.
     """
     hops = deliveries = 0
-    mailboxes = set()
+    mailboxes: set[str] = set()
     for match in _TRACE_FIELD.finditer(header):
         if match[1].lower() == b"received":
             hops += 1
-        else:
-            deliveries += 1
-        if max(hops, deliveries) > most:
-            break
-        if match[1].lower() == b"received":
             continue
+        deliveries += 1
+        if deliveries > most:
+            return deliveries, frozenset(mailboxes)
         text = b"".join(match[2].split()).decode("utf-8", "replace").strip("<>")
         try:
             mailboxes.add(parse_address(text).mailbox)
         except AddressError:
             pass
-    return max(hops, deliveries), frozenset(mailboxes)
+    return hops, frozenset(mailboxes)

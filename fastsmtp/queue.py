@@ -24,6 +24,7 @@ from .job import Backlog, Job, Mark
 from .metrics import Counter
 
 CLAIM = 500  # jobs claimed at once
+FEW = 50  # the same while memory is short; so many may wait then. One alone: 90 messages a second, not 5,000
 IN_MEMORY = 5_000  # waiting jobs above which none are claimed
 BATCH = 1_000  # deliveries handed to a transport at once
 
@@ -153,7 +154,7 @@ class Queue:
                 lanes[name] = [number]
         if self._backlog.over_budget and lanes:
             self._backlog.drop(job)
-            if self._backlog.over_budget and self._waiting:
+            if self._backlog.over_budget and self._waiting >= FEW:
                 # Not even what is known about it has room: the spool gives it back when others are done.
                 lanes.clear()
         for name, numbers in lanes.items():
@@ -173,7 +174,8 @@ class Queue:
 
     async def _claim(self) -> None:
         try:
-            self.offer(await self._backlog.claim(self._now(), CLAIM))
+            n = FEW if self._backlog.over_budget else CLAIM
+            self.offer(await self._backlog.claim(self._now(), n))
         finally:
             self._claiming = False
 

@@ -315,21 +315,27 @@ class Worker:
             door.close_for_good()
         for service in self._services:
             service.drain()
-        deadline = time.monotonic() + self._config.timeouts.shutdown
-        while any(service.connections() for service in self._services) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+        # Half of the time is the transports': what one still has at the end is delivered and not marked, so twice.
+        middle = time.monotonic() + self._config.timeouts.shutdown / 2
+        deadline = middle + self._config.timeouts.shutdown / 2
+        await self._sessions_ended(middle)
+        queues = asyncio.gather(*[queue.close() for queue in self._queues])
+        await self._sessions_ended(deadline)
         for service in self._services:
             for connection in service.connections():
                 connection.abort("shutdown")
-        for queue in self._queues:
-            await self._within(deadline, queue.close())
+        await self._within(deadline, queues)
         for transport in self._transports.values():
             await self._within(deadline, transport.close())
         for spool in self._spools:
             await spool.close()
         self._log.close()
 
-    async def _within(self, deadline: float, work: Awaitable[None]) -> None:
+    async def _sessions_ended(self, deadline: float) -> None:
+        while any(service.connections() for service in self._services) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    async def _within(self, deadline: float, work: Awaitable[object]) -> None:
         """Waits until the deadline, but always a moment: what is in the hands of the disk is nearly done."""
         try:
             await asyncio.wait_for(work, max(1.0, deadline - time.monotonic()))

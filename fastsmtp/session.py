@@ -158,9 +158,9 @@ class Terms:
 
 class Transaction:
     """One mail on its way in. `failure` is what every further BDAT of it is answered; `accepted` has the recipient of
-    each RCPT that was answered 250, in order, `seen` the same by mailbox."""
+    each RCPT that was answered 250, in order, `seen` the same by mailbox; `announced` is the octets of its chunks."""
 
-    __slots__ = ("accepted", "begun", "envelope", "failure", "seen", "tried")
+    __slots__ = ("accepted", "announced", "begun", "envelope", "failure", "seen", "tried")
 
     def __init__(self, envelope: Envelope) -> None:
         self.envelope = envelope
@@ -168,6 +168,7 @@ class Transaction:
         self.seen: dict[str, Recipient] = {}
         self.tried = False  # a RCPT was heard
         self.begun = False  # by BDAT: no more recipients, no DATA
+        self.announced = 0
         self.failure: Reply | None = None
 
 
@@ -296,7 +297,7 @@ class Session:
 
     def _loops(self, envelope: Envelope, header: bytes) -> bool:
         """Whether a message comes back to us, by its trace fields. A recipient that has had it is marked."""
-        hops, been_at = trace(header)
+        hops, been_at = trace(header, self.terms.hops)
         if hops > self.terms.hops:
             return True
         for recipient in envelope.recipients:
@@ -380,7 +381,7 @@ class Session:
         return self._greeted(line.rest, esmtp=True) if self.terms.lmtp else R500_NOT_LMTP
 
     def _greeted(self, rest: bytes, esmtp: bool) -> Answer:
-        name = rest.decode("utf-8", "replace")
+        name = rest.decode("utf-8", "replace").lstrip(" ")
         if self.terms.ask_helo:
             return self._ask(Ask(HELO, self.client, helo=name), Hello(name, esmtp))
         return self._welcome(name, esmtp)
@@ -426,6 +427,7 @@ class Session:
         if transaction.begun:
             return R503_RCPT_AFTER_BDAT
         transaction.tried = True
+        self.subject = NULL
         address, is_ascii, values = parse_rcpt(line, self.terms.brackets)
         envelope = transaction.envelope
         self.subject = address
@@ -475,6 +477,9 @@ class Session:
         transaction = self.transaction
         if transaction is None:
             return Chunk(bdat.size, bdat.last, keep=False, first=True)
+        transaction.announced += bdat.size
+        if transaction.announced > 10 * self.terms.message_size:  # as in DATA
+            return R552_TOO_BIG_CLOSING
         first = not transaction.begun
         if first:
             transaction.begun = True

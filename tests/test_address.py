@@ -304,6 +304,8 @@ def test_domain_limit() -> None:
     assert len(parse_domain(".".join([*labels, "d" * 63]))) == 255
     with pytest.raises(AddressError, match="255"):
         parse_domain(".".join([*labels, "d" * 62, "e"]))
+    with pytest.raises(AddressError, match="255"):
+        parse_domain(".".join([*labels, "d" * 63, "é", "e"]))
 
 
 def test_brackets_may_be_optional() -> None:

@@ -421,6 +421,32 @@ def test_closing_commits_what_waits(tmp_path: Path) -> None:
     assert len(ids_in(yard)) == 4
 
 
+@pytest.mark.parametrize("rounds", [0, 1, 2, 1000])
+def test_a_mark_that_comes_while_or_after_it_closes_opens_nothing_again(tmp_path: Path, rounds: int) -> None:
+    """Of a transport that the end was not waited for."""
+    yard = Yard(tmp_path)
+
+    async def main() -> None:
+        spool = yard.spool()
+        spool.open()
+        await keep(spool)
+        (key,) = spool._scan.held
+        closing = asyncio.create_task(spool.close())
+        for _ in range(rounds):
+            await asyncio.sleep(0)
+        spool.finish([Mark(key, 0)])
+        await closing
+        await asyncio.sleep(0.05)
+        assert not [link for link in descriptors() if str(yard.directory) in link]
+
+    def descriptors() -> list[str]:
+        numbers = os.listdir("/proc/self/fd")
+        return [os.readlink(f"/proc/self/fd/{n}") for n in numbers if os.path.exists(f"/proc/self/fd/{n}")]
+
+    run(main())
+    assert not yard.lines("spool-trouble")
+
+
 def test_closing_does_not_wait_for_a_store_that_does_not_work(tmp_path: Path) -> None:
     async def main() -> None:
         with injected() as faults:

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wire import R554, Bench, FakeTransport, Player, bench
 
-from fastsmtp.connection import LINGER, UNREAD_LIMIT, Connection, Times
+from fastsmtp.connection import GROUP_LIMIT, LINGER, UNREAD_LIMIT, Connection, Times
 from fastsmtp.metrics import Counter
 from fastsmtp.reply import R451_LOCAL_ERROR
 from fastsmtp.verdict import Ask, Refused, Stage, Verdict
@@ -234,6 +234,33 @@ def test_the_greatest_age_ends_a_session_between_transactions_only() -> None:
         assert player.transport.ended
 
 
+@pytest.mark.parametrize("line", ["NOOP", "BDAT 0", "RCPT TO:<nobody@here.test>", "RSET\r\nMAIL FROM:<>"])
+def test_a_session_that_is_never_between_transactions_ends_at_twice_that_age(line: str) -> None:
+    with bench(times=Times(session=1000)) as made:
+        player = greeted(made)
+        player.say(*TRANSACTION)
+        clock = Clock(player)
+        while not player.transport.ended and clock.now - player.connection.opened < 3000:
+            clock.passes(190)
+            player.say(line)
+        assert 2000 < clock.now - player.connection.opened < 2300
+        clock.passes(LINGER + 2)
+        assert made.logged("session")[0]["end"] == "session too old"
+
+
+def test_whoever_was_told_the_end_is_looked_at_each_second() -> None:
+    with bench() as made:
+        player = greeted(made)
+        for _ in range(20):
+            player.say("WHAT")
+        assert player.transport.ended
+        assert player.connection in made.service.connections()
+        made.service.tick()
+        assert player.connection.since > 0
+        player.vanish()
+        assert made.service.connections() == []
+
+
 def test_nothing_times_out_while_we_are_the_ones_who_take_time() -> None:
     with bench(times=Times(command=10, data=10, session=10)) as made:
         made.keeper.later = True
@@ -380,6 +407,67 @@ def test_replies_do_not_pile_up(line: str) -> None:
         player.send((f"{line}\r\n".encode() * 65536)[:262144])
         assert player.transport.waiting < 1 << 20
         assert len(max(player.take_writes(), key=len, default=b"")) < 1 << 19
+
+
+def test_a_long_group_leaves_others_their_turn() -> None:
+    with bench() as made:
+        player = greeted(made)
+        player.say("MAIL FROM:<>")
+        player.send(b"RCPT TO:<nobody@here.test>\r\n" * 4000)
+        assert len(player.take().splitlines()) == GROUP_LIMIT
+        assert not player.transport.reading
+        other = greeted(made)
+        assert codes(other.say("NOOP")) == [250]
+        made.run(0.2)
+        assert len(player.take().splitlines()) == 4000 - GROUP_LIMIT
+        assert player.transport.reading
+
+
+def test_a_client_that_is_gone_has_no_turn_left() -> None:
+    with bench() as made:
+        player = greeted(made)
+        player.say("MAIL FROM:<>")
+        player.send(b"RCPT TO:<ann@here.test>\r\n" * GROUP_LIMIT + b"BDAT 1 LAST\r\nx")
+        player.vanish()
+        made.run(0.1)
+        assert made.keeper.kept == []
+
+
+def test_the_end_of_a_client_waits_for_its_turn_and_for_its_taking_replies() -> None:
+    with bench() as made:
+        player = greeted(made)
+        player.say("MAIL FROM:<>")
+        player.connection.pause_writing()
+        player.send(b"RCPT TO:<nobody@here.test>\r\n" * (GROUP_LIMIT + 1))
+        player.end()
+        assert not player.transport.closed
+        player.connection.resume_writing()
+        assert len(player.take().splitlines()) == GROUP_LIMIT
+        assert not player.transport.closed
+        made.run(0.1)
+        assert len(player.take().splitlines()) == 1
+        assert player.transport.closed
+
+
+def test_what_was_answered_is_sent_before_the_end_is_heard() -> None:
+    """Inside TLS the last octets and the end come in one call."""
+    with bench() as made:
+        player = greeted(made)
+        player.connection.data_received(b"NOOP\r\n")
+        player.end()
+        assert player.take() == b"250 2.0.0 OK\r\n"
+        assert player.transport.closed
+
+
+def test_inside_tls_nothing_is_answered_behind_the_clients_end() -> None:
+    with bench() as made:
+        made.keeper.later = True
+        player = in_data(made)
+        player.connection.client.tls = "TLSv1.3 X"
+        player.send(b".\r\n")
+        # uvloop would warn on stderr
+        assert player.connection.eof_received() is False
+        made.keeper.release()
 
 
 # What has to wait

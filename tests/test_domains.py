@@ -72,6 +72,9 @@ def test_case_can_matter() -> None:
     mailbox = domains.resolve(parse_address("Ann@here.test"), domains.find("here.test"))
     assert mailbox is not None
     assert mailbox.mailbox == "Ann@here.test"
+    # taken off the list, it still is another's mailbox than ann's
+    emptied = Domains([Domain("here.test", "x", [], case_sensitive=True)], HOST)
+    assert emptied.route(parse_address("Ann@here.test"))[1].mailbox == "Ann@here.test"
     assert resolve(domains, "POSTMASTER@here.test") == "POSTMASTER@here.test"
 
 

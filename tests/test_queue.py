@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
 
+import apsw
 import pytest
 import uvloop
 
@@ -21,8 +22,9 @@ from fastsmtp.log import Log
 from fastsmtp.memory_spool import MemorySpool
 from fastsmtp.message import Content, Envelope, Message, Recipient
 from fastsmtp.metrics import Counter
-from fastsmtp.queue import Backoff, Queue
+from fastsmtp.queue import FEW, Backoff, Queue
 from fastsmtp.spool import Spool
+from fastsmtp.store import Reader
 from fastsmtp.verdict import STORED, Refused, Stored
 
 LATER = Outcome(Result.DEFERRED, "4.2.0", "not now")
@@ -33,10 +35,10 @@ class Scripted:
     """A transport that answers from a list, and remembers what it was given; without a script it delivers."""
 
     any_octets = True
-    needs_body = True
 
-    def __init__(self, *script: Outcome | Exception) -> None:
+    def __init__(self, *script: Outcome | Exception, needs_body: bool = True) -> None:
         self.script = list(script)
+        self.needs_body = needs_body
         self.batches: list[list[tuple[str, bytes]]] = []
         self.gate: asyncio.Event | None = None
 
@@ -65,7 +67,7 @@ class Scripted:
 
 def _body(message: Message) -> bytes:
     if message.parts is None:
-        return Path(message.file).read_bytes()
+        return Path(message.file).read_bytes() if message.file else b""
     return b"".join(message.parts)
 
 
@@ -400,6 +402,78 @@ def test_a_backlog_larger_than_memory_is_drained(log: Logged, tmp_path: Path) ->
         await spool.close()
 
     uvloop.run(main())
+
+
+def test_while_bodies_on_their_way_in_take_all_memory_mail_goes_out_a_few_at_a_time(
+    log: Logged, tmp_path: Path
+) -> None:
+    box = Scripted()
+
+    async def test(bench: Bench) -> None:
+        assert isinstance(bench.spool, Spool)
+        room = bench.spool._room
+        box.gate = asyncio.Event()
+        room.drafts += room.limit  # a client that sends slowly cannot be told to wait any more
+        addresses = [f"b{number}@box.test" for number in range(3 * FEW)]
+        for address in addresses:
+            await bench.keep(address, body=f"{address}\r\n".encode())
+        assert bench.queue._waiting == FEW
+        box.gate.set()
+        await bench.settle()
+        assert sorted(box.tried) == sorted(addresses)
+        assert all(body == f"{address}\r\n".encode() for batch in box.batches for address, body in batch)
+        assert len(box.batches) <= 5
+        room.drafts -= room.limit
+
+    play("disk", log[0], tmp_path, {"box": box}, test)
+
+
+@pytest.mark.parametrize("lasting", [False, True])
+def test_a_body_that_cannot_be_read_for_one_lane_while_another_has_the_job(
+    lasting: bool, log: Logged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody gets a message twice, and the marks of others that were delivered with it are not lost."""
+    monkeypatch.setattr("fastsmtp.spool.RETRY_SECONDS", 0.05)
+    box, slow = Scripted(), Scripted(needs_body=False)
+
+    async def test(bench: Bench) -> None:
+        assert isinstance(bench.spool, Spool)
+        spool, reader = bench.spool, bench.spool._reader
+        answers: list[tuple[bytes, int] | Exception] = [(b"damaged", 1) if lasting else apsw.IOError("disk I/O error")]
+
+        def body(key: int) -> tuple[bytes | None, int]:
+            if not answers:
+                return Reader.body(reader, key)
+            answer = answers.pop()
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        monkeypatch.setattr(reader, "body", body)
+
+        def forget(jobs: list[Job]) -> None:
+            for job in jobs:
+                spool.drop(job)
+                spool.release(job)
+
+        spool.on_stored = forget
+        await bench.keep("b@box.test", "c@slow.test")
+        await bench.keep("d@slow.test")
+        spool.on_stored = bench.queue.offer
+        slow.gate = asyncio.Event()
+        for _ in range(3):
+            bench.queue.tick()
+            await asyncio.sleep(0.1)
+        assert slow.tried == ["c@slow.test", "d@slow.test"]
+        assert box.tried == []
+        slow.gate.set()
+        await bench.settle()
+        await bench.pass_time(1)
+        assert slow.tried == ["c@slow.test", "d@slow.test"]
+        assert box.tried == ([] if lasting else ["b@box.test"])
+        assert (spool.backlog, spool.broken) == (0, int(lasting))
+
+    play("disk", log[0], tmp_path, {"box": box, "slow": slow}, test)
 
 
 def test_jobs_of_an_unhealthy_spool_are_not_delivered(log: Logged, tmp_path: Path) -> None:

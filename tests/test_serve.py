@@ -459,6 +459,26 @@ def test_idle_clients_that_stay_do_not_hold_up_the_end(tmp_path: Path) -> None:
         assert peer.reply().startswith("421 4.3.2 ")
 
 
+def test_what_comes_late_in_the_shutdown_is_left_to_the_next_start(tmp_path: Path) -> None:
+    """A transport that began with it would perhaps not be done at the end, and deliver it twice."""
+    with running(tmp_path, toml(tmp_path, tables='[timeouts]\nshutdown = "4s"\n')) as server:
+        with Peer(server.address) as late, Peer(server.address) as hanging:
+            for peer in (late, hanging):
+                peer.envelope(["b@y.test"])
+                assert peer.ask("DATA").startswith("354 ")
+            time.sleep(0.2)
+            server.process.terminate()
+            time.sleep(2.7)
+            late.send(b"Subject: late\r\n.\r\n")
+            assert late.reply().startswith("250 ")
+            assert server.ended() == 0
+        assert files(server.mail) == []
+        server.start()
+        server.wait_mail(1)
+        assert server.stop() == 0
+        assert len(files(server.mail)) == 1
+
+
 def test_a_second_sigterm_ends_it_at_once(tmp_path: Path) -> None:
     with running(tmp_path, toml(tmp_path, tables='[timeouts]\nshutdown = "5m"\n')) as server:
         with Peer(server.address) as peer:

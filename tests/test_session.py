@@ -460,7 +460,7 @@ def test_what_a_policy_is_told() -> None:
         desk.session.resume(ACCEPTED)
 
     ask(b"EHLO first")
-    ask(b"EHLO second")
+    ask(b"EHLO  second")
     ask(b"MAIL FROM:<s@b.test>")
     ask(b"RCPT TO:<r@b.test>")
     assert [each.stage for each in asks] == [Stage.HELO, Stage.HELO, Stage.MAIL, Stage.RCPT]

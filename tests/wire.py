@@ -265,16 +265,22 @@ class Player:
         self.transport.protocol = self.connection
         self._taken = 0
         self.connection.connection_made(self.transport)
+        self._go_round()
+
+    def _go_round(self) -> None:
+        """What the loop does at the end of a round."""
+        self.bench.service.send()
         self.transport.settle()
 
     def send(self, octets: bytes) -> None:
         """Octets that arrive as one read; ignored once the server has closed, as by a kernel."""
         if octets and not self.transport.closed:
             self.connection.data_received(octets)
-            self.transport.settle()
+            self._go_round()
 
     def take_writes(self) -> list[bytes]:
         """The writes since the last call."""
+        self._go_round()
         writes = self.transport.writes[self._taken :]
         self._taken = len(self.transport.writes)
         return writes
@@ -291,7 +297,7 @@ class Player:
         """The client sends its end."""
         if not self.transport.closed and not self.connection.eof_received():
             self.transport.close()
-        self.transport.settle()
+        self._go_round()
 
     def vanish(self) -> None:
         """The connection is lost."""
