@@ -4,8 +4,8 @@ New mail (of an earlier run, or released untried) is found in the order of its k
 order of its due times. Both scans only move on, so that a thousand held jobs are not looked at again by each claim;
 a job that is given back puts them back. A key that is held, or was while the claim ran, is never claimed: what
 the reader saw of it may be older than its marks. The statements run in the file thread, each under 100 ms.
-Not here: the marks and their commit. Errors of the reader end a claim early; nothing is skipped by them. A
-message that cannot be read back is given to `set_aside`.
+Not here: the marks and their commit. Errors of the reader end a claim early and are logged; nothing is skipped by
+them. A message that cannot be read back is given to `set_aside`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,14 @@ class Scan:
         thread: OneThread,
         bodies: Path,
         set_aside: Callable[[int, str], None],
+        warn: Callable[[str, str], None],
     ) -> None:
         self.held: dict[int, Job] = {}
         self._reader = reader
         self._thread = thread
         self._bodies = bodies
         self._set_aside = set_aside
+        self._warn = warn
         self._new = _NEW_START
         self._due = _DUE_START
         self._next: float | None = None
@@ -94,7 +96,8 @@ class Scan:
                 if not more:
                     break
             self._not_before = 0.0
-        except apsw.Error:
+        except apsw.Error as error:
+            self._warn("claim", str(error))
             self._not_before = now + RETRY_SECONDS
         finally:
             self._claiming = False

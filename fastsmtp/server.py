@@ -130,6 +130,10 @@ class Worker:
         self._add_spool(self._open_spool(seat.index), domains)
         for left_over in self._left_over_spools():
             self._add_spool(self._open_spool(left_over), domains)
+            for section in config.transport.values():
+                if isinstance(section, Maildir):
+                    folder = maildir_transport.temporary_folder(section.path, identity(config.data_dir))
+                    maildir_transport.remove_leftovers(folder, left_over)
         self._guard = Guard(self._loop, self._doors, self._log)
         for number, listener in enumerate(config.listener):
             service = self._make_service(number, listener, domains)

@@ -113,7 +113,7 @@ class Spool:
         self._writer = OneThread(self._loop, "spool-writer")
         self._files = OneThread(self._loop, "spool-files")
         self._bodies = Bodies(bodies, self._inline, self._room, self._files)
-        self._scan = Scan(self._reader, self._files, bodies, self._set_aside)
+        self._scan = Scan(self._reader, self._files, bodies, self._set_aside, self._trouble.warn)
         self._commit = GroupCommit(
             self._loop, self._store, self._reader, self._writer, self._files, self._room, self._scan,
             self._trouble, lambda jobs: self.on_stored(jobs), backlog, broken,

@@ -362,8 +362,9 @@ def test_a_reader_that_does_not_read_costs_lines_not_time_or_memory(
     while got[-1].get("one") != "again":
         got += [json.loads(line) for line in reader.read_lines(1)]
     told = [line["lines"] for line in got if line["event"] == "lines-dropped"]
-    assert told == [dropped]
-    assert len(got) == written - dropped + 2
+    # In one line, or in more where room came and went while they were written.
+    assert sum(map(int, map(str, told))) == dropped
+    assert len(got) == written - dropped + 1 + len(told)
 
 
 @pytest.mark.parametrize("threaded", [False, True])

@@ -111,7 +111,8 @@ class Bench:
         for _ in range(400):
             await asyncio.sleep(0.005)
             if self.queue.idle:
-                await asyncio.sleep(0.05)
+                # Marks and jobs given back pass through a commit, which may take its time.
+                await asyncio.sleep(0.15)
                 if self.queue.idle:
                     return
         raise AssertionError("the queue does not come to rest")

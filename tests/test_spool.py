@@ -735,6 +735,7 @@ def test_a_reader_in_trouble_claims_nothing_and_loses_nothing(tmp_path: Path) ->
             assert await spool.read(again)
 
     run(main())
+    assert {line["where"] for line in yard.lines("spool-warning")} == {"read", "claim"}
 
 
 # --- room ---
