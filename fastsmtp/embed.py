@@ -23,7 +23,7 @@ from typing import Literal, TypeAlias
 
 from . import log as logs
 from ._shared import Shared
-from .connection import Connection, Service
+from .connection import Connection
 from .domains import Domain, Domains
 from .job import Draft
 from .memory_spool import MemoryDraft, MemorySpool
@@ -33,6 +33,7 @@ from .policy import Policy
 from .policy.recipients import KNOWN_MAILBOX, UNKNOWN_MAILBOX, Recipients
 from .reply import R451_LOCAL_ERROR, R452_NO_ROOM, Reply
 from .seat import BACKLOG
+from .service import Service
 from .session import Terms
 from .verdict import STORED, Ask, Refused, Stage, Stored, Verdict
 

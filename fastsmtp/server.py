@@ -29,7 +29,7 @@ import uvloop
 from . import log as logs
 from .address import parse_address
 from .config import Config, Discard, Listener, Maildir
-from .connection import Connection, Service, Times
+from .connection import Connection
 from .delivery import Transport
 from .delivery import discard as discard_transport
 from .delivery import maildir as maildir_transport
@@ -42,6 +42,7 @@ from .policy.recipients import Recipients
 from .queue import Backoff, Queue
 from .reply import R421_NOT_TAKING_MAIL, R452_NO_ROOM, Reply
 from .seat import BACKLOG, EXIT_CANNOT_START, Seat
+from .service import Service, Times
 from .session import Terms
 from .spool import Spool, SpoolError
 

@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wire import R554, Bench, FakeTransport, Player, bench
 
-from fastsmtp.connection import GROUP_LIMIT, LINGER, UNREAD_LIMIT, Connection, Times
+from fastsmtp.connection import GROUP_LIMIT, LINGER, UNREAD_LIMIT, Connection
 from fastsmtp.metrics import Counter
 from fastsmtp.reply import R451_LOCAL_ERROR
+from fastsmtp.service import Times
 from fastsmtp.verdict import Ask, Refused, Stage, Verdict
 
 TRANSACTION = ("MAIL FROM:<s@b.test>", "RCPT TO:<ann@here.test>")

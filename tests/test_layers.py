@@ -43,7 +43,7 @@ LAYERS = (
         "delivery.maildir",
         "queue",
     ],
-    ["connection"],
+    ["service", "connection"],
     # process
     ["claim", "server", "supervisor"],
     ["embed", "cli", "__main__"],
@@ -62,7 +62,8 @@ ONLY: Mapping[str, set[str]] = {
     "delivery.maildir": DELIVERY,
     "queue": DELIVERY,
     # What keeps messages is reached through the words of job.py.
-    "connection": {*VALUES.split(), "extensions", "commands", "session", "policy"},
+    "service": {*VALUES.split(), "extensions", "commands", "session", "policy"},
+    "connection": {*VALUES.split(), "extensions", "commands", "session", "policy", "service"},
 }
 NEVER: Mapping[str, set[str]] = {name: {"asyncio", "socket", "ssl", "threading", "os"} for name in LAYERS[1]}
 # Packages that one part of the program has to itself.

@@ -21,8 +21,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from wire import Bench, make_service
 
-from fastsmtp.connection import Connection, Times
+from fastsmtp.connection import Connection
 from fastsmtp.metrics import Counter
+from fastsmtp.service import Times
 from fastsmtp.tls import server_context
 
 SECONDS = 10.0

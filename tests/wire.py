@@ -20,7 +20,7 @@ from typing import Any
 
 from fastsmtp._shared import Shared
 from fastsmtp.address import parse_address
-from fastsmtp.connection import Connection, Service, Times
+from fastsmtp.connection import Connection
 from fastsmtp.domains import Domain, Domains
 from fastsmtp.ids import Ids
 from fastsmtp.job import Keeper
@@ -30,6 +30,7 @@ from fastsmtp.metrics import Counter
 from fastsmtp.policy import Check, Policy
 from fastsmtp.policy.recipients import Recipients
 from fastsmtp.reply import R421_NOT_TAKING_MAIL, R452_NO_ROOM, Reply
+from fastsmtp.service import Service, Times
 from fastsmtp.session import Terms
 from fastsmtp.verdict import STORED, Refused, Stored
 
