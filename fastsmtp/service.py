@@ -66,7 +66,7 @@ class Service:
     """
 
     __slots__ = (
-        "context", "counters", "draining", "early_refused", "keeper", "leaving", "log", "loop", "make_parser", "name",
+        "context", "draining", "early_refused", "keeper", "leaving", "log", "loop", "make_parser", "name",
         "outbox", "policy", "rounds", "session_limit", "shared", "tasks", "terms", "times", "turn", "withheld",
         "worker",
     )  # fmt: skip
