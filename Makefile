@@ -2,24 +2,27 @@
 
 VENV   := .venv
 PYTHON := $(VENV)/bin/python
-SOURCE := $(wildcard fastsmtp/*.pyx fastsmtp/*.pxd) setup.py pyproject.toml
+# All that is compiled, or may be
+SOURCE := $(wildcard fastsmtp/*.py* fastsmtp/*/*.py) setup.py pyproject.toml
 
 .PHONY: run test bench fuzz clean
 
 # Builds in place, so that the source tree is what runs.
+install = test -x $(PYTHON) || python3 -m venv $(VENV); \
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade pip && \
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable
+
 $(VENV)/built: $(SOURCE)
-	test -x $(PYTHON) || python3 -m venv $(VENV)
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable .
+	$(install) .
 	touch $@
 
-$(VENV)/tested: $(VENV)/built
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[test]'
-	touch $@
+$(VENV)/tested: $(SOURCE)
+	$(install) '.[test,loadtest]'
+	touch $(VENV)/built $@
 
-$(VENV)/benched: $(VENV)/tested
-	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
-	touch $@
+$(VENV)/benched: $(SOURCE)
+	$(install) '.[test,loadtest,bench]'
+	touch $(VENV)/built $(VENV)/tested $@
 
 run: $(VENV)/built
 	$(PYTHON) -m fastsmtp serve
@@ -39,4 +42,4 @@ fuzz: $(VENV)/tested
 	$(PYTHON) fuzz/fuzz_session.py -max_total_time=$(or $(SECONDS),60)
 
 clean:
-	rm -rf $(VENV) build *.egg-info fastsmtp/*.so fastsmtp/_parser.c fastsmtp/_files.c fastsmtp/_shared.c
+	rm -rf $(VENV) build *.egg-info *.so fastsmtp/*.so fastsmtp/*/*.so fastsmtp/_parser.c fastsmtp/_files.c fastsmtp/_shared.c

@@ -1,4 +1,8 @@
-"""Builds the three C modules; everything else stands in pyproject.toml."""
+"""Builds what is C: the three Cython modules, and the Python modules on the path of every message.
+
+Those are compiled by mypyc, from the source that is read and edited, and take half the time then. All works without
+too: `FASTSMTP_PURE=1` leaves them as they are. Everything else stands in pyproject.toml.
+"""
 
 import os
 
@@ -12,16 +16,34 @@ EXTENSIONS = [
     Extension(f"fastsmtp.{name}", [f"fastsmtp/{name}.pyx"], extra_compile_args=FLAGS, extra_link_args=FLAGS)
     for name in ("_parser", "_files", "_shared")
 ]
+DIRECTIVES = {
+    "language_level": "3",
+    "boundscheck": False,
+    "wraparound": False,
+    "cdivision": True,
+    "initializedcheck": False,
+}
 
-setup(
-    ext_modules=cythonize(
-        EXTENSIONS,
-        compiler_directives={
-            "language_level": "3",
-            "boundscheck": False,
-            "wraparound": False,
-            "cdivision": True,
-            "initializedcheck": False,
-        },
-    )
+
+HOT = (
+    *("address", "bodies", "commands", "commit", "connection", "domains", "extensions", "ids", "log", "memory_spool"),
+    *("message", "queue", "record", "reply", "room", "service", "session", "spool", "verdict"),
+    *("delivery/discard", "delivery/maildir", "policy/recipients"),
 )
+
+
+def compiled() -> list[Extension]:
+    """The hot modules as mypyc makes them: one library, and a stub for each."""
+    from mypyc.build import mypycify
+
+    files = [f"fastsmtp/{name}.py" for name in HOT]
+    # Types of what is not installed while it is built are unknown then, and checked when they are used.
+    options = ["--config-file=", "--ignore-missing-imports", "--follow-imports=silent"]
+    extensions: list[Extension] = mypycify([*options, *files], group_name="fastsmtp", debug_level="0")
+    return extensions
+
+
+modules = cythonize(EXTENSIONS, compiler_directives=DIRECTIVES)
+if os.environ.get("FASTSMTP_PURE", "") in ("", "0"):
+    modules += compiled()
+setup(ext_modules=modules)

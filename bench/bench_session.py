@@ -15,6 +15,7 @@ import pytest
 from fastsmtp._shared import Shared
 from fastsmtp.connection import Connection
 from fastsmtp.domains import Domain, Domains
+from fastsmtp.job import Mark
 from fastsmtp.log import Log
 from fastsmtp.memory_spool import MemorySpool
 from fastsmtp.metrics import Counter
@@ -50,22 +51,13 @@ class Loop:
         pass
 
 
-class Forgetful(MemorySpool):
-    """Its queue has delivered before it is told."""
-
-    def _hand_over(self) -> None:
-        for job in self._stored:
-            del self._jobs[job.key]
-            self.used -= job.held
-        self._stored = []
-
-
 @pytest.fixture
 def connect() -> Iterator[Callable[[], Connection]]:
     loop: Any = Loop()
     sink = os.open(os.devnull, os.O_WRONLY)
     log = Log(sink, False, time.time, threaded=False)
-    keeper = Forgetful(0, loop=loop, memory=1 << 40)
+    keeper = MemorySpool(0, loop=loop, memory=1 << 40)
+    keeper.on_stored = lambda jobs: keeper.finish([Mark(job.key, 0) for job in jobs])
     policy = Policy([Recipients(Domains([Domain("*", "discard")], "mx.test"))], log)
     terms = Terms(
         "mx.test", "mx", next_id=keeper.next_id, room=lambda _: None, now=time.time, asks=policy.stages, any_octets=True

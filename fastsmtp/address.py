@@ -36,22 +36,26 @@ class Address:
     """A mailbox; immutable by convention.
 
     `local` is the local-part without quotes, case kept; `domain` is lower-case A-labels, `[192.0.2.1]` or
-    `[ipv6:2001:db8::1]`, and "" for a bare postmaster. `str()` is the wire form without brackets. A mailbox of a
-    case-sensitive domain is given its own key.
+    `[ipv6:2001:db8::1]`, and "" for a bare postmaster. `wire`, also its `str()`, is how it stands on the wire, without
+    brackets. A mailbox of a case-sensitive domain is given its own key. `plain`: the local-part needs no quotes.
     """
 
-    __slots__ = ("_mailbox", "_wire", "domain", "local")
+    __slots__ = ("_mailbox", "domain", "local", "wire")
 
-    def __init__(self, local: str, domain: str, mailbox: str = "") -> None:
+    def __init__(self, local: str, domain: str, mailbox: str = "", plain: bool = False) -> None:
+        if not plain and local and not _DOT_STRING.fullmatch(local):
+            quoted = '"' + local.replace("\\", "\\\\").replace('"', '\\"') + '"'
+        else:
+            quoted = local
         self.local = local
         self.domain = domain
+        self.wire = f"{quoted}@{domain}" if domain else quoted
         self._mailbox = mailbox
-        self._wire = ""
 
     @property
     def mailbox(self) -> str:
         """The key by which mailboxes are compared: case-folded NFC local-part, "@", domain; "" for NULL."""
-        if not self._mailbox and self:
+        if not self._mailbox and self.wire:
             local = self.local.lower()
             if not local.isascii():
                 # Unicode D145: folded after decomposition, for what composes differently once it is folded
@@ -60,16 +64,10 @@ class Address:
         return self._mailbox
 
     def __bool__(self) -> bool:
-        return bool(self.local or self.domain)
+        return bool(self.wire)
 
     def __str__(self) -> str:
-        # Kept: trace field, spool, mailbox and log all show it, 0.5 µs each time.
-        if not self._wire and self:
-            local = self.local
-            if not _DOT_STRING.fullmatch(local):
-                local = '"' + local.replace("\\", "\\\\").replace('"', '\\"') + '"'
-            self._wire = f"{local}@{self.domain}" if self.domain else local
-        return self._wire
+        return self.wire
 
     def __repr__(self) -> str:
         return f"Address({self.local!r}, {self.domain!r})"
@@ -83,8 +81,6 @@ class Address:
         return hash((self.local, self.domain))
 
 
-NULL = Address("", "")
-
 _ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]++"
 _UTF8_ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\x80-\U0010ffff-]++"
 _LDH = r"[A-Za-z0-9_]++(?:(?:-++|\.)[A-Za-z0-9_]++)*+"  # no label empty, none with a hyphen at its ends
@@ -95,6 +91,8 @@ _LONG_LABEL = re.compile(rf"[^.]{{{LABEL_LIMIT + 1}}}")
 # C1 controls and the two line separators: legal by RFC 6531, but some readers of logs end a line there
 _UNICODE_CONTROL = re.compile("[\x80-\x9f\u2028\u2029]")
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]")
+
+NULL = Address("", "")
 
 # Splits a path where it must be split; what stands between the marks is checked afterwards.
 _WORD = rb'[^\x00-\x20\x7f<>()\[\]\\,;:@"]++'
@@ -119,7 +117,7 @@ def parse_path(raw: bytes, *, brackets: bool = True) -> tuple[Address, int]:
     plain = _PLAIN.match(raw.decode("latin-1"))
     if plain is not None and (end := plain.end()) <= PATH_LIMIT:
         local, domain = plain.groups()
-        return Address(local, domain.lower()), end
+        return Address(local, domain.lower(), plain=True), end
     return _parse_any_path(raw, brackets)
 
 

@@ -88,7 +88,7 @@ class FileDraft:
     """A Draft (see job.py) that may go to a file."""
 
     __slots__ = (
-        "_bodies", "_drained", "_error", "_file", "_flying", "_head", "_head_open", "_held", "_inline", "_parts",
+        "_bodies", "_drained", "_error", "_file", "_flying", "_head", "_head_open", "_held", "_inline_limit", "_parts",
         "_paused", "_room", "_sealed", "_taken", "_waiting", "id", "size",
     )  # fmt: skip
 
@@ -98,7 +98,7 @@ class FileDraft:
         self._bodies = bodies
         self._room = bodies.room
         self._drained = drained
-        self._inline = bodies.inline  # -1 once there is a file
+        self._inline_limit = bodies.inline  # -1 once there is a file
         self._parts: list[bytes] = []  # not yet handed to the thread
         self._taken = False  # no longer the connection's
         self._file: BodyFile | None = None
@@ -130,7 +130,7 @@ class FileDraft:
             parts[-1] += chunk
         else:
             parts.append(chunk)
-        if self.size <= self._inline and room.drafts + room.jobs <= room.limit:
+        if self.size <= self._inline_limit and room.drafts + room.jobs <= room.limit:
             return True
         return self._spill(chunk)
 
@@ -185,7 +185,7 @@ class FileDraft:
         """What `write` does once there has to be a file."""
         if self._file is None:
             self._file = BodyFile(self._bodies.directory / self.id, self._room.ballast)
-            self._inline = -1
+            self._inline_limit = -1
             self._head += b"".join(self._parts)
             self._waiting = self.size
             self._held = 2 * self.size

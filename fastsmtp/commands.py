@@ -110,7 +110,7 @@ def _parse_path(line: Line, word: bytes, brackets: bool, bad: Reply) -> tuple[Ad
     tolerated: clients send them."""
     rest = line.rest
     if line.local is not None:
-        address = Address(line.local, line.domain) if line.domain else NULL
+        address = Address(line.local, line.domain, plain=True) if line.domain else NULL
         end = line.tail
         is_ascii = True
     else:

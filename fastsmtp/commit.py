@@ -129,9 +129,7 @@ class GroupCommit:
         """Takes what became of a recipient of a held job."""
         waiting = self._waiting
         if mark.due is not None:
-            job.due[mark.number] = mark.due
-            job.attempts[mark.number] = mark.attempts
-            job.reasons[mark.number] = mark.reason
+            job.tried[mark.number] = mark
             due = int(mark.due * 1000)
             waiting.later.append((due, mark.attempts, mark.reason, mark.key, mark.number))
         else:

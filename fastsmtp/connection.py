@@ -313,8 +313,8 @@ class Connection(asyncio.Protocol):
             envelope = message.envelope
             service.shared.add(service.worker, ACCEPTED, 1)
             service.log.write(
-                logs.ACCEPTED, envelope.id, envelope.client, str(envelope.reverse_path) or "<>",
-                tuple([str(recipient.address) for recipient in envelope.recipients]), message.size,
+                logs.ACCEPTED, envelope.id, envelope.client, envelope.reverse_path.wire or "<>",
+                tuple([recipient.address.wire for recipient in envelope.recipients]), message.size,
             )  # fmt: skip
         try:
             answer = session.resume(result)

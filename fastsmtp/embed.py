@@ -178,13 +178,16 @@ class _Chosen:
         return KNOWN_MAILBOX if self._known(str(ask.recipient)) else UNKNOWN_MAILBOX
 
 
-class _Caller(MemorySpool):
+class _Caller:
     """A Keeper for which a message is kept when the destination has returned."""
 
     service: Service
 
     def __init__(self, destination: Destination, loop: asyncio.AbstractEventLoop, log: logs.Log, memory: int) -> None:
-        super().__init__(0, loop=loop, memory=memory)
+        self._memory = MemorySpool(0, loop=loop, memory=memory)
+        self.next_id = self._memory.next_id
+        self.room = self._memory.room
+        self.draft = self._memory.draft
         self._destination = destination
         self._log = log
 
@@ -220,7 +223,7 @@ class _Caller(MemorySpool):
             self._log.write(logs.BUG, "destination", repr(error), logs.trace(error))
             outcome = Refused("destination-failed", R451_LOCAL_ERROR)
         finally:
-            self.used -= size
+            self._memory.used -= size
         answer(outcome)
 
 

@@ -44,21 +44,19 @@ class Job:
     """A kept message that is not finished.
 
     `pending` are the numbers of the unfinished recipients (their places in the envelope); the keeper takes them
-    out as `finish` is told. `due` (seconds since the epoch), `attempts` and `reasons` are of the last attempt, for
-    recipients that have had one. `deliveries` are under way or wait for their transport; the queue counts them.
-    `held` is what the keeper has counted for it, in octets.
+    out as `finish` is told. `tried` has the mark of the last attempt, for recipients that have had one.
+    `deliveries` are under way or wait for their transport; the queue counts them. `held` is what the keeper has
+    counted for it, in octets.
     """
 
-    __slots__ = ("attempts", "checked", "deliveries", "due", "held", "key", "message", "pending", "reasons")
+    __slots__ = ("checked", "deliveries", "held", "key", "message", "pending", "tried")
 
     def __init__(self, key: int, message: Message, pending: list[int], checked: bool) -> None:
         self.key = key
         self.message = message
         self.pending = pending
         self.checked = checked  # the body's file is known to be whole
-        self.due: dict[int, float] = {}
-        self.attempts: dict[int, int] = {}
-        self.reasons: dict[int, str] = {}
+        self.tried: dict[int, Mark] = {}
         self.deliveries = 0
         self.held = 0
 

@@ -353,8 +353,8 @@ class _ThreadOutlet:
         self._lost = 0  # lines; the thread's
         self._taken = 0  # lines; the loop's
         # A daemon: a reader that reads nothing must not keep the process alive.
-        self._thread = Thread(target=self._run, name="log", daemon=True)
-        self._thread.start()
+        self._writer = Thread(target=self._run, name="log", daemon=True)
+        self._writer.start()
 
     def outstanding(self) -> int:
         """Octets not yet written."""
@@ -372,7 +372,7 @@ class _ThreadOutlet:
 
     def close(self, seconds: float) -> None:
         self._queue.put(None)
-        self._thread.join(seconds)
+        self._writer.join(seconds)
 
     def _run(self) -> None:
         while (item := self._queue.get()) is not None:

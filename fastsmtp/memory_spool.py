@@ -13,7 +13,7 @@ from asyncio import AbstractEventLoop
 from collections.abc import Callable, Sequence
 from heapq import heappop, heappush
 
-from .ids import Ids, key_of
+from .ids import Ids
 from .job import JOB_OCTETS, Draft, Job, Mark
 from .message import Message
 from .reply import R452_NO_ROOM
@@ -89,6 +89,7 @@ class MemorySpool:
         self.used = 0
         self._loop = loop
         self._ids = Ids(worker, 0, wall)
+        self._key = 0  # of the newest job
         self._jobs: dict[int, Job] = {}
         self._stored: list[Job] = []
         self._due: list[tuple[float, int]] = []  # a heap: when, key
@@ -122,7 +123,7 @@ class MemorySpool:
             answer(_FULL)
             return
         message.parts = parts
-        key = key_of(message.id)
+        self._key = key = self._key + 1
         job = Job(key, message, list(range(len(message.envelope.recipients))), checked=True)
         job.held = JOB_OCTETS + draft.size
         self.used += JOB_OCTETS
@@ -140,9 +141,7 @@ class MemorySpool:
         for mark in marks:
             job = self._jobs[mark.key]
             if mark.due is not None:
-                job.due[mark.number] = mark.due
-                job.attempts[mark.number] = mark.attempts
-                job.reasons[mark.number] = mark.reason
+                job.tried[mark.number] = mark
                 continue
             job.pending.remove(mark.number)
             if not job.pending:
@@ -167,4 +166,5 @@ class MemorySpool:
 
     def release(self, job: Job) -> None:
         if job.pending:
-            heappush(self._due, (min(job.due.get(number, 0.0) for number in job.pending), job.key))
+            due = [mark.due or 0.0 if (mark := job.tried.get(number)) else 0.0 for number in job.pending]
+            heappush(self._due, (min(due), job.key))

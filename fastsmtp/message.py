@@ -153,7 +153,7 @@ def received_from(client: Client) -> str:
 def received(from_part: str, hostname: str, envelope: Envelope, date: str) -> bytes:
     """The Received field of a message. The recipient is shown only when it is the only one."""
     recipients = envelope.recipients
-    single = f"\r\n\tfor <{recipients[0].address}>" if len(recipients) == 1 else ""
+    single = f"\r\n\tfor <{recipients[0].address.wire}>" if len(recipients) == 1 else ""
     return (f"{from_part}{hostname} with {envelope.protocol} id {envelope.id}{single};\r\n\t{date}\r\n").encode()
 
 

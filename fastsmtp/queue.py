@@ -136,11 +136,12 @@ class Queue:
         recipients = message.envelope.recipients
         lanes: dict[str, list[int]] = {}
         marks = []
-        if job.due:
+        tried = job.tried
+        if tried:
             now = self._now()
         for number in job.pending:
             recipient = recipients[number]
-            if job.due and job.due.get(number, 0.0) > now:
+            if tried and number in tried and (tried[number].due or 0.0) > now:
                 continue
             if recipient.fault:
                 marks.append(self._mark(job, number, Outcome(Result.FAILED, "5.4.6", recipient.fault), ""))
@@ -250,7 +251,7 @@ class Queue:
                 if outcome is DELIVERED:
                     delivered += 1
                     marks.append(Mark(job.key, number))
-                    log.write(logs.DELIVERED, message.id, str(recipient.address), lane.name, now - message.arrived)
+                    log.write(logs.DELIVERED, message.id, recipient.address.wire, lane.name, now - message.arrived)
                 else:
                     marks.append(self._mark(job, number, outcome, lane.name))
         if delivered:
@@ -265,7 +266,7 @@ class Queue:
 
     def _mark(self, job: Job, number: int, outcome: Outcome, transport: str) -> Mark:
         """What the spool is told of an attempt that did not deliver."""
-        attempts = job.attempts.get(number, 0) + 1
+        attempts = (job.tried[number].attempts if number in job.tried else 0) + 1
         if outcome.result is Result.FAILED:
             wait = self._backoff.longest
             self._count(Counter.RECIPIENTS_FAILED, 1)

@@ -8,20 +8,20 @@ with ValueError, before anything is written. Octets that are not UTF-8 survive. 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from .address import Address
 from .ids import is_id
-from .job import JOB_OCTETS, Job
+from .job import JOB_OCTETS, Job, Mark
 from .message import Content, Envelope, Message, Recipient
 
 ENVELOPE_FORMAT = "1"
 
 # key, id, arrived, envelope, prefix, cuts, content, header_end, size, crc, body (None: in a file)
 Row: TypeAlias = tuple[int, str, float, bytes, bytes, str, int, int, int, int, bytes | None]
-# as Row up to size, octets in hexadecimal, then whether it is in a file, and the pending recipients:
-# number, due (ms), attempts, reason
-Loaded: TypeAlias = tuple[int, str, float, str, str, str, int, int, int, int, list[tuple[int, int | None, int, str]]]
+# As JSON has it: like Row up to size, octets in hexadecimal, then whether it is in a file, and the pending recipients:
+# number, due (ms), attempts, reason.
+Loaded: TypeAlias = list[Any]
 
 
 def render_envelope(envelope: Envelope) -> bytes:
@@ -105,9 +105,7 @@ def parse_job(row: Loaded, bodies: Path) -> Job:
         raise ValueError("a recipient is not in the envelope")
     for number, due, attempts, reason in pending:
         if due is not None:
-            job.due[number] = due / 1000
-            job.attempts[number] = attempts
-            job.reasons[number] = reason
+            job.tried[number] = Mark(key, number, due / 1000, attempts, reason)
     job.held = JOB_OCTETS
     return job
 

@@ -24,18 +24,21 @@ class Reply:
     """A reply. `text` has a line for each "\\n"-separated piece, printable ASCII.
 
     `enhanced` is empty where RFC 2034 allows none (greeting, EHLO, 354). `wire` is what is sent. `plain`: it refuses
-    nothing and commands follow. Raises ValueError for a text that does not fit on the wire.
+    nothing and commands follow. Raises ValueError for a text that does not fit on the wire; `wire` is given where that
+    is known to fit.
     """
 
     __slots__ = ("code", "enhanced", "plain", "text", "then", "wire")
 
-    def __init__(self, code: int, enhanced: str, text: str, then: Then = Then.CONTINUE) -> None:
+    def __init__(
+        self, code: int, enhanced: str, text: str, then: Then = Then.CONTINUE, *, wire: bytes | None = None
+    ) -> None:
         self.code = code
         self.enhanced = enhanced
         self.text = text
         self.then = then
         self.plain = code < 400 and then is Then.CONTINUE
-        self.wire = self._render()
+        self.wire = self._render() if wire is None else wire
 
     def _render(self) -> bytes:
         lines = self.text.split("\n")
@@ -57,26 +60,14 @@ class Reply:
 
 def queued(message_id: str) -> Reply:
     """250 for a message that is kept. The id is of our own making: nothing to check, nothing to fold."""
-    reply = object.__new__(Reply)
-    reply.code, reply.enhanced, reply.text, reply.then = (
-        250,
-        "2.0.0",
-        f"Queued as {message_id}",
-        Then.CONTINUE,
-    )
-    reply.plain = True
-    reply.wire = f"250 2.0.0 Queued as {message_id}\r\n".encode()
-    return reply
+    text = f"Queued as {message_id}"
+    return Reply(250, "2.0.0", text, wire=f"250 2.0.0 {text}\r\n".encode())
 
 
 def joined(replies: list[Reply]) -> Reply:
     """One answer of several replies, as LMTP has them at end-of-data (RFC 2033 4.2); it counts as its last."""
     last = replies[-1]
-    reply = object.__new__(Reply)
-    reply.code, reply.enhanced, reply.text, reply.then = last.code, last.enhanced, last.text, last.then
-    reply.plain = last.plain
-    reply.wire = b"".join([each.wire for each in replies])
-    return reply
+    return Reply(last.code, last.enhanced, last.text, last.then, wire=b"".join([each.wire for each in replies]))
 
 
 def named(reply: Reply, hostname: str) -> Reply:
@@ -85,8 +76,7 @@ def named(reply: Reply, hostname: str) -> Reply:
 
 
 # The connection is closed without a word: the peer speaks another protocol, or must not learn what it cannot know.
-SILENT_CLOSE = Reply(421, "", "", Then.CLOSE)
-SILENT_CLOSE.wire = b""
+SILENT_CLOSE = Reply(421, "", "", Then.CLOSE, wire=b"")
 
 R214_HELP = Reply(
     214,

@@ -44,7 +44,7 @@ class Scan:
     ) -> None:
         self.held: dict[int, Job] = {}
         self._reader = reader
-        self._thread = thread
+        self._reading = thread
         self._bodies = bodies
         self._set_aside = set_aside
         self._warn = warn
@@ -74,7 +74,8 @@ class Scan:
             self._returned.append(job)
             return
         for number in job.pending:
-            due = job.due.get(number)
+            mark = job.tried.get(number)
+            due = None if mark is None else mark.due
             if due is None:
                 self._new = min(self._new, (job.key, -1))
             else:
@@ -109,7 +110,7 @@ class Scan:
 
     async def _claim_new(self, n: int) -> list[Job]:
         behind = self._new
-        rows: list[tuple[int, int, int]] = json.loads(await self._thread.call(lambda: self._reader.new(behind, SCAN)))
+        rows: list[tuple[int, int, int]] = json.loads(await self._reading.call(lambda: self._reader.new(behind, SCAN)))
         keys: dict[int, None] = {}
         reached = _NEW_END
         for key, number, untried in rows:
@@ -130,14 +131,14 @@ class Scan:
         behind = self._due
         limit = min(SCAN, n)
         rows: list[tuple[int, int, int]] = json.loads(
-            await self._thread.call(lambda: self._reader.due(behind, now_ms, limit))
+            await self._reading.call(lambda: self._reader.due(behind, now_ms, limit))
         )
         reached = behind
         if rows:
             due, last, number = rows[-1]
             reached = (due, last, number)
         more = len(rows) == limit
-        following = now_ms if more else await self._thread.call(lambda: self._reader.next_due(reached))
+        following = now_ms if more else await self._reading.call(lambda: self._reader.next_due(reached))
         jobs = await self._load(list({key: None for _, key, _ in rows if key not in self.held}))
         self._due = reached
         self._next = None if following is None else following / 1000
@@ -149,7 +150,7 @@ class Scan:
         for start in range(0, len(keys), LOAD):
             chunk = keys[start : start + LOAD]
             try:
-                rows += parse_messages(await self._thread.call(partial(self._reader.messages, chunk)))
+                rows += parse_messages(await self._reading.call(partial(self._reader.messages, chunk)))
             except (ValueError, apsw.CorruptError):
                 rows += await self._load_each(chunk)
         jobs: list[Job] = []
@@ -172,7 +173,7 @@ class Scan:
         rows: list[Loaded] = []
         for key in keys:
             try:
-                rows += parse_messages(await self._thread.call(partial(self._reader.messages, [key])))
+                rows += parse_messages(await self._reading.call(partial(self._reader.messages, [key])))
             except (ValueError, apsw.CorruptError) as error:
                 self._set_aside(key, f"its record cannot be read: {error}")
         return rows

@@ -447,9 +447,15 @@ class Session:
 
     def _add(self, transaction: Transaction, recipient: Recipient) -> Reply:
         """The same mailbox twice is answered twice (in LMTP at the end too: RFC 2033 4.2) and delivered once."""
-        known = transaction.seen.setdefault(recipient.address.mailbox, recipient)
+        recipients = transaction.envelope.recipients
+        known = recipient
+        if recipients:
+            seen = transaction.seen
+            if not seen:  # the second recipient: most messages have one, and need no keys
+                seen[recipients[0].address.mailbox] = recipients[0]
+            known = seen.setdefault(recipient.address.mailbox, recipient)
         if known is recipient:
-            transaction.envelope.recipients.append(recipient)
+            recipients.append(recipient)
         transaction.accepted.append(known)
         return R250_RECIPIENT_OK
 

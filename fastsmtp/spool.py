@@ -66,7 +66,7 @@ class Spool:
         self._worker = worker
         self._loop = loop
         self._log = log
-        self._inline = inline
+        self._inline_limit = inline
         self._wall = wall
         self._trouble = Trouble(log, str(directory), monotonic)
         self._room = Room(directory, min_free, memory, monotonic)
@@ -112,7 +112,7 @@ class Spool:
         self._room.ballast.make()
         self._writer = OneThread(self._loop, "spool-writer")
         self._files = OneThread(self._loop, "spool-files")
-        self._bodies = Bodies(bodies, self._inline, self._room, self._files)
+        self._bodies = Bodies(bodies, self._inline_limit, self._room, self._files)
         self._scan = Scan(self._reader, self._files, bodies, self._set_aside, self._trouble.warn)
         self._commit = GroupCommit(
             self._loop, self._store, self._reader, self._writer, self._files, self._room, self._scan,

@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
+
+import fastsmtp
+
+
+def pytest_configure() -> None:
+    """Python prefers a compiled module to its source, so an edit of that would not be tested."""
+    folder = Path(fastsmtp.__file__).parent
+    for library in folder.rglob("*.so"):
+        source = library.parent / f"{library.name.partition('.')[0]}.py"
+        if source.exists() and source.stat().st_mtime > library.stat().st_mtime:
+            pytest.exit(f"{source.name} is newer than its compiled form: make test builds it anew", 3)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -110,7 +110,7 @@ class Maildir:
         self._token = secrets.token_hex(8).encode()
         self._counter = count()
         self._temporary = temporary_folder(self._pattern, identity)
-        self._thread = ThreadPoolExecutor(1, "maildir")
+        self._executor = ThreadPoolExecutor(1, "maildir")
         # The rest is the thread's own.
         self._elsewhere: set[bytes] = set()  # mailboxes seen on another file system than the root
         self._directory = -1  # kept open: a flush reports the errors since it was opened
@@ -121,7 +121,7 @@ class Maildir:
         """Puts every message into the mailboxes of its recipients."""
         items = [item for delivery in deliveries for item in self._items(delivery)]
         loop = asyncio.get_running_loop()
-        errors = iter(await loop.run_in_executor(self._thread, self._write, items))
+        errors = iter(await loop.run_in_executor(self._executor, self._write, items))
         outcomes = []
         for delivery in deliveries:
             group = []
@@ -133,8 +133,8 @@ class Maildir:
 
     async def close(self) -> None:
         """Waits for what is under way."""
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._close)
-        self._thread.shutdown()
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
+        self._executor.shutdown()
 
     def _items(self, delivery: Delivery) -> Iterator[Item]:
         message = delivery.message
