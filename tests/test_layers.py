@@ -26,7 +26,7 @@ LAYERS = (
     # protocol: decides, never waits
     ["extensions", "commands", "session"],
     # policy: facts in, verdict out
-    ["policy", "policy.recipients"],
+    ["dns", "dns_message", "nameservers", "policy", "policy.recipients"],
     # keep and send
     [
         "record",
@@ -38,7 +38,18 @@ LAYERS = (
         "commit",
         "spool",
         "memory_spool",
+        "reasons",
+        "returned",
+        "dsn",
         "delivery",
+        "delivery.hosts",
+        "delivery.replies",
+        "delivery.failures",
+        "delivery.login",
+        "delivery.body",
+        "delivery.offers",
+        "delivery.transaction",
+        "delivery.dialogue",
         "delivery.discard",
         "delivery.maildir",
         "queue",
@@ -52,20 +63,36 @@ ORDER = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, n
 
 # Where less is allowed than the layers say.
 DELIVERY = {*VALUES.split(), "delivery"}
+# The client side of SMTP and LMTP: files that serve one another, and see no transport.
+CLIENT = {f"delivery.{name}" for name in ["replies", "failures", "login", "body", "offers", "transaction", "dialogue"]}
 ONLY: Mapping[str, set[str]] = {
     # One check never imports another, nor what is above the values.
     "policy": set(VALUES.split()),
     "policy.recipients": {*VALUES.split(), "policy"},
     # Transports see neither queue nor spool, nor each other; the queue sees none of them.
     "delivery": set(VALUES.split()),
+    # Where mail goes is found out by asking the cache; what asks name servers is wired to it.
+    "dns": set(),
+    "dns_message": {"dns"},
+    "nameservers": {"dns", "dns_message"},
+    "delivery.hosts": {*DELIVERY, "dns"},
+    **dict.fromkeys(CLIENT, DELIVERY | CLIENT),
     "delivery.discard": DELIVERY,
     "delivery.maildir": DELIVERY,
     "queue": DELIVERY,
+    # A report is made of a message; who keeps and sends it is not its business.
+    "returned": set(VALUES.split()),
+    "dsn": {*VALUES.split(), "reasons", "returned"},
     # What keeps messages is reached through the words of job.py.
     "service": {*VALUES.split(), "extensions", "commands", "session", "policy"},
     "connection": {*VALUES.split(), "extensions", "commands", "session", "policy", "service"},
 }
-NEVER: Mapping[str, set[str]] = {name: {"asyncio", "socket", "ssl", "threading", "os"} for name in LAYERS[1]}
+WORLD = {"asyncio", "socket", "ssl", "threading", "os"}
+NEVER: Mapping[str, set[str]] = {
+    **dict.fromkeys(LAYERS[1], WORLD),
+    **dict.fromkeys(CLIENT - {"delivery.body"}, WORLD),
+    "delivery.body": WORLD - {"os"},
+}
 # Packages that one part of the program has to itself.
 OWNERS: Mapping[str, set[str]] = {
     "apsw": {"store", "scan", "spool"},
@@ -74,6 +101,7 @@ OWNERS: Mapping[str, set[str]] = {
     "pydantic": {"config"},
     "click": {"cli"},
     "idna": {"address"},
+    "dns": {"dns_message"},
 }
 
 
@@ -172,12 +200,19 @@ PLANTED = {
     "from a package": ("policy.recipients", "from ..spool import Spool", "policy.recipients imports spool"),
     "a package": ("session", "from .policy import Policy", "session imports policy"),
     "I/O in the protocol": ("session", "import asyncio", "session imports asyncio"),
+    "I/O in the dialogue": ("delivery.dialogue", "import socket", "delivery.dialogue imports socket"),
+    "the dialogue and a transport": (
+        "delivery.dialogue",
+        "from .hosts import x",
+        "delivery.dialogue imports delivery.hosts",
+    ),
     "I/O in the protocol, from": ("commands", "from os.path import join", "commands imports os"),
     "a transport and the queue": ("delivery.maildir", "from ..queue import Queue", "delivery.maildir imports queue"),
     "a transport and the spool": ("delivery.discard", "from ..spool import Spool", "delivery.discard imports spool"),
     "two transports": ("delivery.maildir", "from .discard import Discard", "delivery.maildir imports delivery.discard"),
     "the queue and a transport": ("queue", "from .delivery.maildir import M", "queue imports delivery.maildir"),
     "the queue and the spool": ("queue", "from .spool import Spool", "queue imports spool"),
+    "reports and the queue": ("dsn", "from .queue import Queue", "dsn imports queue"),
     "the connection and the spool": ("connection", "from .spool import Spool", "connection imports spool"),
     "a database elsewhere": ("queue", "import apsw.ext", "queue imports apsw"),
     "the other database": ("store", "import sqlite3", "store imports sqlite3"),

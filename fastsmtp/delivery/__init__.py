@@ -31,19 +31,46 @@ class Scope(Enum):
     RECIPIENT = "recipient"
 
 
+class Retry(Enum):
+    """Where a deferred recipient may be tried again. Of a failed one only NEXT_HOST says something: it has failed when
+    no other host of its destination takes it."""
+
+    SAME_HOST = "same host, over another connection, at once"
+    NEXT_HOST = "next host, at once"
+    LATER = "later"
+
+
 class Outcome:
-    """One recipient's result. `status` is an enhanced status code (RFC 3463), `text` says why, on one line."""
+    """One recipient's result. `status` is an enhanced status code (RFC 3463), `text` says why, on one line.
 
-    __slots__ = ("result", "scope", "status", "text")
+    What a next hop said: `host` is its name, `reply` its answer with the code, on one line; both empty where nobody
+    answered. `relayed`: delivered to a host that sends no report of success (RFC 3461 5.2.2).
+    """
 
-    def __init__(self, result: Result, status: str, text: str, scope: Scope = Scope.RECIPIENT) -> None:
+    __slots__ = ("host", "relayed", "reply", "result", "retry", "scope", "status", "text")
+
+    def __init__(
+        self,
+        result: Result,
+        status: str,
+        text: str,
+        scope: Scope = Scope.RECIPIENT,
+        retry: Retry = Retry.LATER,
+        host: str = "",
+        reply: str = "",
+        relayed: bool = False,
+    ) -> None:
         self.result = result
         self.status = status
         self.text = text
         self.scope = scope
+        self.retry = retry
+        self.host = host
+        self.reply = reply
+        self.relayed = relayed
 
 
-# The one outcome of success: told by identity.
+# The one outcome of success without a next hop. With one, `result` is DELIVERED and host and reply are told.
 DELIVERED = Outcome(Result.DELIVERED, "2.0.0", "delivered")
 
 
