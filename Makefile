@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 # All that is compiled, or may be
 SOURCE := $(wildcard fastsmtp/*.py* fastsmtp/*/*.py) setup.py pyproject.toml
 
-.PHONY: run test bench fuzz clean
+.PHONY: run test bench bench-compare fuzz clean
 
 # Builds in place, so that the source tree is what runs.
 install = test -x $(PYTHON) || python3 -m venv $(VENV); \
@@ -35,6 +35,10 @@ test: $(VENV)/tested
 bench: $(VENV)/benched
 	$(PYTHON) -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-only \
 		--benchmark-sort=name --benchmark-columns=median,iqr,ops,rounds $(ARGS)
+
+# What a change costs: make bench-compare BASE=main~3
+bench-compare: $(VENV)/benched
+	$(PYTHON) -m bench.compare $(BASE) $(ARGS)
 
 fuzz: $(VENV)/tested
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check atheris

@@ -1,4 +1,4 @@
-"""What a test needs of the machine: programs, root, a file system of its own.
+"""What a test needs of the machine: programs, root, a file system of its own, a folder that other users may enter.
 
 What is missing skips the test and says what to install. With CI=true it fails instead, for there everything was to
 be installed; only a CI that does not run as root skips what needs root.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ import pytest
 
 # Debian's package, where it has not the program's name
 PACKAGES = {
+    "dovecot": "dovecot-lmtpd",
     "losetup": "mount",
     "mkfs.ext4": "e2fsprogs",
     "mkfs.xfs": "xfsprogs",
@@ -91,6 +93,18 @@ def volume(kind: str, path: Path, size: str) -> Iterator[Volume]:
     finally:
         _run("umount", str(path))
         image.unlink(missing_ok=True)
+
+
+@contextmanager
+def public_folder(name: str) -> Iterator[Path]:
+    """A folder that every user may enter (pytest's own are closed to others), with a short path, as unix sockets want
+    it. Removed with what is in it."""
+    folder = Path(tempfile.mkdtemp(prefix=f"fastsmtp-{name}-"))
+    folder.chmod(0o755)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder)
 
 
 def _run(*command: str) -> None:

@@ -4,7 +4,7 @@ In: a folder and a configuration. Out: a `Server` that has said it accepts, its 
 as dicts, its exit code. The log of all starts of one object stands in one file. It leads a process group of its
 own: `running` kills the whole group at the end, whatever became of the supervisor.
 `mailbox` reads what was delivered without any code of the server: trace fields apart, as RFC 5321 4.4 has them.
-Not here: what is sent (peer.py), what has to be found (ledger.py). On failure: AssertionError with the log.
+Not here: what is sent (peer.py), what has to be found (loadtest.rules). On failure: AssertionError with the log.
 """
 
 from __future__ import annotations

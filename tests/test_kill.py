@@ -11,6 +11,7 @@ not its moments.
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -20,27 +21,32 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from ledger import DOMAIN, Ledger, Outcome, any_size, find_fault, make_body, outcome_of, read_ledger, verify
 from peer import GoneError, Peer, stuff
 from servers import PATIENCE, Server, files, free_port, read_mail, toml
+
+from loadtest.ledger import DOMAIN, Ledger, Outcome, any_size, digest, find_fault, make_body, outcome_of, read_ledger
+from loadtest.rules import Circumstances, verify
 
 CLIENTS = 6
 PAUSE = 0.06  # seconds between two groups of a client, on average: the disk is not what is tested
 SHORT_KILLS = 12
 SHORT_SECONDS = 35.0
 ROUND = 25  # kills between two looks at the ledger
+_NUMBERS = itertools.count(1)  # of messages
 MAILBOXES = [f"box{n}@here.test" for n in range(8)]
 
 
 class Sent:
-    """A message on its way."""
+    """A message on its way. `code` is that of the reply to it, 0 for none."""
 
     def __init__(self, message_id: str, body: bytes, recipients: list[str]) -> None:
         self.id = message_id
+        self.sender = f"{message_id}@{DOMAIN}"
+        self.recipients = tuple(recipients)
+        self.sha256 = digest(body)
         self.body = body
-        self.recipients = recipients
-        self.outcome = Outcome.UNKNOWN
-        lines = [f"MAIL FROM:<{message_id}@{DOMAIN}>", *(f"RCPT TO:<{recipient}>" for recipient in recipients)]
+        self.code = 0
+        lines = [f"MAIL FROM:<{self.sender}>", *(f"RCPT TO:<{recipient}>" for recipient in recipients)]
         self.envelope = "".join(f"{line}\r\n" for line in lines).encode()
         self.answers = len(lines)
 
@@ -81,7 +87,7 @@ class Client(threading.Thread):
         chance = self._chance
         group = []
         for _ in range(chance.choice((1, 1, 2, 5))):
-            message_id = self._ledger.next_id()
+            message_id = f"m{next(_NUMBERS):06d}"
             body = make_body(message_id, any_size(chance), chance)
             group.append(Sent(message_id, body, chance.sample(MAILBOXES, chance.choice((1, 1, 1, 2, 4)))))
         try:
@@ -91,7 +97,7 @@ class Client(threading.Thread):
                 self._send_bdat(peer, group)
         finally:
             for sent in group:
-                self._ledger.write(sent.id, sent.body, sent.recipients, sent.outcome)
+                self._ledger.write(sent, outcome_of(sent.code), sent.code)
 
     def _send_data(self, peer: Peer, group: list[Sent]) -> None:
         """Each end-of-data with the next envelope behind it."""
@@ -99,10 +105,10 @@ class Client(threading.Thread):
         for sent, following in zip(group, [*group[1:], None], strict=True):
             replies = peer.replies(sent.answers + 1)
             if replies[-1][:1] != "3":
-                sent.outcome = outcome_of(replies[-1])
+                sent.code = int(replies[-1][:3])
                 return
             peer.send(stuff(sent.body) + (following.envelope + b"DATA\r\n" if following else b""))
-            sent.outcome = outcome_of(peer.reply())
+            sent.code = int(peer.reply()[:3])
 
     def _send_bdat(self, peer: Peer, group: list[Sent]) -> None:
         """All in one write, every message in two chunks."""
@@ -113,7 +119,7 @@ class Client(threading.Thread):
             out += b"%sBDAT %d\r\n%sBDAT %d LAST\r\n%s" % (sent.envelope, len(first), first, len(last), last)
         peer.send(out)
         for sent in group:
-            sent.outcome = outcome_of(peer.replies(sent.answers + 2)[-1])
+            sent.code = int(peer.replies(sent.answers + 2)[-1][:3])
 
 
 class Reader(threading.Thread):
@@ -216,8 +222,8 @@ class Run:
 
     def drain(self) -> None:
         """Waits until every acknowledged message is in its mailboxes; whether they are the right ones says verify."""
-        entries = read_ledger(self.ledger.path).values()
-        acked = sum(len(entry.recipients) for entry in entries if entry.outcome == Outcome.ACKED.value)
+        entries = read_ledger(self.ledger.path)
+        acked = sum(len(entry.recipients) for entry in entries if entry.outcome is Outcome.ACKED)
         deadline = time.monotonic() + PATIENCE
         count, since = 0, time.monotonic()
         while (count < acked or time.monotonic() - since < 1.5) and time.monotonic() < deadline:
@@ -260,12 +266,13 @@ def test_kill(tmp_path: Path, pytestconfig: pytest.Config) -> None:
         finally:
             run.server.kill()
             run.ledger.close()
-        outcomes = Counter(entry.outcome for entry in read_ledger(run.ledger.path).values())
+        outcomes = Counter(str(entry.outcome) for entry in read_ledger(run.ledger.path))
         print(
             f"KILL_SEED={seed}, round {number}: {dict(run.struck)}, {dict(outcomes)},"
             f" {len(files(run.server.mail))} files, accepted again within {max(run.restarts, default=0):.1f} s"
         )
-        assert verify(run.ledger.path, run.server.mail, run.faults) == []
+        report = verify(run.ledger.path, [run.server.mail], given=Circumstances(tuple((at, at) for at in run.faults)))
+        assert report.violations == []
         assert outcomes["acked"] > 20 * sum(run.struck.values()), "there was hardly any load"
         assert outcomes["5xx"] == 0
         assert max(run.restarts, default=0) < PATIENCE / 2
@@ -284,15 +291,15 @@ def test_a_server_that_keeps_nothing_is_found_out(tmp_path: Path) -> None:
         (run.server.mail / "here.test").touch()
         with Peer(run.server.address) as peer:
             for _ in range(5):
-                message_id = run.ledger.next_id()
-                body = make_body(message_id, 1000, run.chance)
-                reply = peer.bdat(MAILBOXES[:1], body, sender=f"{message_id}@{DOMAIN}")
-                run.ledger.write(message_id, body, MAILBOXES[:1], outcome_of(reply))
+                message_id = f"m{next(_NUMBERS):06d}"
+                sent = Sent(message_id, make_body(message_id, 1000, run.chance), MAILBOXES[:1])
+                reply = peer.bdat(MAILBOXES[:1], sent.body, sender=sent.sender)
+                run.ledger.write(sent, outcome_of(int(reply[:3])), int(reply[:3]))
         run.server.kill()
         (run.server.mail / "here.test").unlink()
         run.server.start_again()
         assert run.server.stop() == 0
-        assert [each.rule for each in verify(run.ledger.path, run.server.mail)] == ["A"] * 5
+        assert [each.rule for each in verify(run.ledger.path, [run.server.mail]).violations] == ["A"] * 5
     finally:
         run.server.kill()
         run.ledger.close()
