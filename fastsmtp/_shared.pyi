@@ -6,7 +6,10 @@ from typing import final
 class Shared:
     """The memory: zeros at first, shared with every process forked afterwards.
 
-    Every method raises IndexError for a worker or counter that does not exist. OSError: no memory.
+    Every method raises IndexError for a worker, counter or place that does not exist. OSError: no memory.
+
+    The table of destinations has 16,384 places of which a destination uses one while a slot is taken, and until another
+    needs it. `key` is a number of 64 bits other than 0; times are those of the machine's monotonic clock, in seconds.
     """
 
     workers: int
@@ -29,13 +32,44 @@ class Shared:
         """The sessions open in all workers."""
 
     def clear(self, worker: int) -> int:
-        """Takes a dead worker's heartbeat and open sessions off; how many these were. Its counters stay."""
+        """Takes a dead worker's heartbeat, open sessions and slots off; how many sessions these were. Its counters
+        stay."""
 
     def add(self, worker: int, counter: int, n: int) -> None:
         """Adds n to a counter in the worker's column."""
 
     def total(self, counter: int) -> int:
         """A counter summed over all workers since the server started."""
+
+    def take(self, worker: int, key: int, cap: int, now: float) -> int:
+        """Takes one of a destination's `cap` slots; its place, for the methods below. Negative: there is none.
+        -1: all are taken, or other workers wait for theirs and this one has its share, or the table is busy or full.
+        -2: the destination is dead. One that was dead has one slot until it is known to be well."""
+
+    def give(self, worker: int, place: int) -> None:
+        """Gives a slot back."""
+
+    def taken(self, key: int) -> int:
+        """The slots of a destination that all workers have taken."""
+
+    def failures(self, place: int) -> int:
+        """How often in a row a destination was found dead. With a slot of it, like the next two."""
+
+    def fail(self, place: int, failures: int, until: float) -> bool:
+        """Makes a destination dead. False: not done, its failures are not `failures` any more: another worker was
+        quicker."""
+
+    def well(self, place: int) -> None:
+        """The destination is well: no failures, not dead."""
+
+    def dead_until(self, key: int) -> float:
+        """0.0: it was never dead, or is known to be well."""
+
+    def forget(self, key: int) -> None:
+        """The destination may be tried at once, as if it had never failed."""
+
+    def forget_all(self) -> None:
+        """The same for every destination."""
 
 def die_with_parent(signal: int) -> None:
     """The kernel sends this process `signal` when the thread that forked it ends (PR_SET_PDEATHSIG).

@@ -1,4 +1,4 @@
-"""What a server claims of its machine before it serves: user, data directory, addresses, certificates.
+"""What a server claims of its machine before it serves: user, data directory, addresses, certificates, passwords.
 
 All that the machine can refuse is asked for here, and every refusal is a StartError with one line for the operator.
 Done once, by the process that then forks or serves, before any thread. What is claimed is held by descriptors:
@@ -18,8 +18,11 @@ import stat
 from pathlib import Path
 
 from . import tls
-from .config import Config, Inet, Unix
+from .config import Config, Inet, Pipe, Smtp, Unix
+from .delivery.runner import Command, make_command
 from .seat import BACKLOG
+
+PASSWORD_LIMIT = 8192  # octets: tokens are long
 
 
 class StartError(Exception):
@@ -154,6 +157,53 @@ def _explain_tls(error: ssl.SSLError) -> str:
     if "KEY_VALUES_MISMATCH" in text:
         return "the key is not the certificate's"
     return "no certificate or no private key in it, as PEM" if "PEM" in text else text
+
+
+def read_passwords(config: Config) -> dict[str, str]:
+    """The password of each transport that has one, by the transport's name."""
+    passwords: dict[str, str] = {}
+    for name, way in config.transport.items():
+        if isinstance(way, Smtp) and way.password_file is not None:
+            try:
+                passwords[name] = read_password(way.password_file)
+            except (OSError, ValueError) as error:
+                raise StartError(f"transport.{name}: {way.password_file} {explain_password(error)}") from None
+    return passwords
+
+
+def make_commands(config: Config, account: pwd.struct_passwd | None) -> dict[str, Command]:
+    """The command of each transport that has one, by the transport's name. `account` is who the workers become."""
+    commands: dict[str, Command] = {}
+    for name, way in config.transport.items():
+        if isinstance(way, Pipe):
+            server = account.pw_uid if account else os.geteuid()
+            try:
+                commands[name] = make_command(way.command, way.user, server, way.timeout, way.concurrency)
+            except ValueError as error:
+                raise StartError(f"transport.{name}: {error}") from None
+    return commands
+
+
+def read_password(path: Path) -> str:
+    """The first line of a file. Raises OSError, and ValueError for what is no password."""
+    with path.open("rb") as file:
+        line = file.readline(PASSWORD_LIMIT + 2).rstrip(b"\r\n")
+    if not line:
+        raise ValueError("is empty")
+    if len(line) > PASSWORD_LIMIT:
+        raise ValueError("begins with a line that is too long for a password")
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        raise ValueError("is not UTF-8") from None
+    if not text.isprintable():
+        raise ValueError("begins with a line that is not printable")
+    return text
+
+
+def explain_password(error: OSError | ValueError) -> str:
+    """What stands behind the file's name."""
+    return f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
 def bind(config: Config, account: pwd.struct_passwd | None) -> list[Listening]:

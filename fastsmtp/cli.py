@@ -1,4 +1,4 @@
-"""The command line: `fastsmtp serve` and `fastsmtp check`.
+"""The command line: `fastsmtp serve` and `fastsmtp check`; `queue` and `sendmail` stand in files of their own.
 
 In: arguments and a configuration file. Out: text for people (stdout: what was asked for; stderr: errors, and the
 banner of `serve`), or JSON for programs; exit code 0, 1 (the configuration or the machine does not allow it) or
@@ -10,25 +10,26 @@ from __future__ import annotations
 
 import json
 import os
-import pwd
-import re
-import ssl
 import sys
-from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import click
 
-from . import tls
+from . import sendmail
+from .check import check_machine
 from .config import (
     DEFAULT,
     SECTIONS,
     Config,
     ConfigError,
+    Lmtp,
     Maildir,
+    Pipe,
     Problem,
-    Unix,
+    Smtp,
+    Transport,
     default,
     default_of,
     kind_of,
@@ -36,7 +37,7 @@ from .config import (
     problem_at,
     warnings,
 )
-from .toml_lines import Place
+from .queue_command import queue
 
 _FILE = click.Path(path_type=Path)
 _RESTART = "user, workers, data_dir and new ports below 1024 need a restart"
@@ -66,7 +67,16 @@ def _open_standard_descriptors() -> None:
     os.close(descriptor)
 
 
-@click.group()
+class _Program(click.Group):
+    """The program, which is another one under another name: a link `sendmail` to it is all that others ask for."""
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        if Path(sys.argv[0]).name == "sendmail":
+            options |= {"args": ["sendmail", *sys.argv[1:]], "prog_name": "fastsmtp"}
+        return super().__call__(*arguments, **options)
+
+
+@click.group(cls=_Program)
 @click.version_option(_version(), prog_name="fastsmtp")
 def main() -> None:
     """An SMTP server that says 250 only when the message is on stable storage."""
@@ -112,6 +122,23 @@ def _banner(config: Config, addresses: list[str]) -> list[str]:
     ]
 
 
+class _Verbatim(click.Command):
+    """A command whose arguments are its own to read."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.params["arguments"] = tuple(args)
+        return []
+
+
+@main.command(cls=_Verbatim, name="sendmail")
+def hand_over(arguments: tuple[str, ...]) -> None:
+    """Hand a message from standard input to the server, as cron and PHP do (see sendmail --help)."""
+    sys.exit(sendmail.run(arguments))
+
+
+main.add_command(queue)
+
+
 @main.command()
 @click.option("--config", "file", type=_FILE, help="The configuration file.")
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
@@ -155,67 +182,28 @@ def _summary(config: Config) -> list[str]:
     for domain in config.domain:
         who = "any recipient" if domain.recipients == "any" else f"{len(domain.recipients)} recipients"
         lines.append(f"domain     {domain.name}  {who}, by {domain.transport}")
+    lines += [f"route      {route.domain}  by {route.transport}" for route in config.route]
+    if config.relay.transport:
+        who = ", ".join(map(str, config.relay.networks)) or "nobody"
+        lines.append(f"relay      any other domain, for {who}, by {config.relay.transport}")
     for name, way in config.transport.items():
-        lines.append(f"transport  {name}  {way.type}" + (f" {way.path}" if isinstance(way, Maildir) else ""))
+        lines.append(f"transport  {name}  {way.type} {_where(way)}".rstrip())
     lines += ["", *(f"warning: {warning}" for warning in warnings(config)), f"note: {_RESTART}"]
     return lines
 
 
-# What can be asked of the machine without starting. Each answer is a place in the file, and what is wrong.
-
-
-def check_machine(config: Config) -> Iterator[tuple[Place, str]]:
-    """What stands between this configuration and a server on this machine."""
-    if config.tls:
-        yield from _check_certificate(config.tls.certificate, config.tls.key)
-    if wrong := _check_folder(config.data_dir):
-        yield ("data_dir",), wrong
-    if config.user:
-        try:
-            pwd.getpwnam(config.user)
-        except KeyError:
-            yield ("user",), f"there is no user {config.user} on this machine"
-    for i, listener in enumerate(config.listener):
-        for endpoint in listener.address:
-            if isinstance(endpoint, Unix) and not endpoint.path.parent.is_dir():
-                yield ("listener", i, "address"), f"{endpoint.path.parent} is no folder"
-    for name, way in config.transport.items():
-        if isinstance(way, Maildir) and (wrong := _check_folder(way.root)):
-            yield ("transport", name, "path"), wrong
-
-
-def _check_folder(folder: Path) -> str:
-    """Why mail cannot be kept there; empty when it can, or when the folder can be made."""
-    there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
-    if not there.is_dir():
-        return f"{there} is no folder"
-    if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
-        return f"{there} is not writable" + ("" if there == folder else f", so {folder} cannot be made")
+def _where(way: Transport) -> str:
+    """Where a transport takes mail."""
+    match way:
+        case Maildir():
+            return way.path
+        case Smtp():
+            return f"to {way.smarthost}, tls {way.tls}" if way.smarthost else f"by MX, tls {way.tls}"
+        case Lmtp():
+            return f"to {way.address}"
+        case Pipe():
+            return f"to {way.command[0]}"
     return ""
-
-
-def _check_certificate(certificate: Path, key: Path) -> Iterator[tuple[Place, str]]:
-    unreadable = False
-    for name, path, mark in (
-        ("certificate", certificate, rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
-        ("key", key, rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
-    ):
-        try:
-            wrong = "" if re.search(mark, path.read_bytes()) else f"there is no PEM {name} in {path}"
-        except OSError as error:
-            wrong = f"{path} cannot be read: {error.strerror}"
-        if wrong:
-            unreadable = True
-            yield ("tls", name), wrong
-    if unreadable:
-        return
-    try:
-        tls.server_context(certificate, key)
-    except ssl.SSLError as error:
-        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-            yield ("tls", "key"), f"the key in {key} does not belong to the certificate in {certificate}"
-        else:
-            yield ("tls",), f"{certificate} and {key} cannot be used: {error.args[-1]}"
 
 
 # The reference of all keys.
@@ -223,7 +211,7 @@ def _check_certificate(certificate: Path, key: Path) -> Iterator[tuple[Place, st
 _INTRODUCTION = """\
 # Configuration
 
-<!-- Made by `fastsmtp check --describe` from fastsmtp/config.py; to be changed there. -->
+<!-- Made by `fastsmtp check --describe` from fastsmtp/config_tables.py and config_outgoing.py; to be changed there. -->
 
 One TOML file: `fastsmtp serve --config FILE` reads it, `fastsmtp check --config FILE` says what is wrong in it and
 where. A **duration** is text such as `"30s"`, `"5m"`, `"1h30m"` or `"5d"`, or a number of seconds. A **size** is
@@ -243,7 +231,7 @@ def render_reference() -> str:
         choice = f' with `type = "{section.choice}"`' if section.choice else ""
         lines += ["", f"## {title}{choice}", ""]
         if section.heading:
-            lines += [section.model.__doc__ or "", ""]
+            lines += [" ".join((section.model.__doc__ or "").split()), ""]
         lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         lines += [
             f"| `{name}` | {kind_of(field)} | {default_of(field)} | {field.description} |"

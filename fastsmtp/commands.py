@@ -4,7 +4,7 @@ In: a verb and the octets behind it, as the parser cut them. Out: the row of the
 commands that carry one. The rules that hold for many verbs (which listeners know it, what must have come before,
 whether it takes an argument, whether it counts as useless) are columns here and are applied in one place, in
 session.py. Nothing here knows the state of a session.
-Raises CommandError with the reply for the client. RFC 5321 4.1.1; RFC 3030 2; RFC 2033 4.
+Raises CommandError with the reply for the client. RFC 5321 4.1.1; RFC 3030 2; RFC 2033 4; RFC 1985; RFC 2645.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ._parser import Line
-from .address import NULL, Address, AddressError, parse_path
+from .address import NULL, Address, AddressError, parse_domain, parse_path
 from .extensions import (
     MAIL_PARAMETERS,
     NO_PARAMETERS,
@@ -23,7 +23,15 @@ from .extensions import (
     CommandError,
     parse_parameters,
 )
-from .reply import R501_BAD_BDAT, R501_BAD_RECIPIENT, R501_BAD_SENDER, R553_NEEDS_SMTPUTF8, Reply
+from .reply import (
+    R501_BAD_BDAT,
+    R501_BAD_DOMAINS,
+    R501_BAD_NODE,
+    R501_BAD_RECIPIENT,
+    R501_BAD_SENDER,
+    R553_NEEDS_SMTPUTF8,
+    Reply,
+)
 
 
 class Argument(Enum):
@@ -37,7 +45,8 @@ class Argument(Enum):
 class Verb(NamedTuple):
     """A row of the table. `barrier`: the octets behind the command mean what our answer makes of them.
     `greets`: HELO, EHLO or LHLO. `open`: allowed on `submission` before AUTH (RFC 4954 6). `after_helo`: 503
-    before it. `useless`: counted when it comes too often without mail."""
+    before it. `useless`: counted when it comes too often without mail. `odmr`: known where mail is only fetched
+    (RFC 2645 4)."""
 
     name: str
     argument: Argument = Argument.OPTIONAL
@@ -46,32 +55,36 @@ class Verb(NamedTuple):
     open: bool = False
     after_helo: bool = False
     useless: bool = False
+    odmr: bool = False
 
 
 NONE, REQUIRED = Argument.NONE, Argument.REQUIRED
 
 TABLE = (
-    Verb("EHLO", REQUIRED, greets=True, open=True, useless=True),
-    Verb("HELO", REQUIRED, greets=True, open=True, useless=True),
+    Verb("EHLO", REQUIRED, greets=True, open=True, useless=True, odmr=True),
+    Verb("HELO", REQUIRED, greets=True, open=True, useless=True, odmr=True),
     Verb("LHLO", REQUIRED, greets=True, open=True, useless=True),
     Verb("MAIL", REQUIRED, after_helo=True),
     Verb("RCPT", REQUIRED, after_helo=True),
     Verb("DATA", NONE, barrier=True, after_helo=True),
     # RFC 3030 2: its octets are consumed whatever came before, so what must have come is asked behind them.
-    Verb("BDAT", barrier=True, open=True),
-    Verb("RSET", NONE, open=True, useless=True),
-    Verb("NOOP", open=True, useless=True),
-    Verb("QUIT", NONE, barrier=True, open=True),
-    Verb("HELP", open=True, useless=True),
+    Verb("BDAT", barrier=True, open=True, odmr=True),
+    Verb("RSET", NONE, open=True, useless=True, odmr=True),
+    Verb("NOOP", open=True, useless=True, odmr=True),
+    Verb("QUIT", NONE, barrier=True, open=True, odmr=True),
+    Verb("HELP", open=True, useless=True, odmr=True),
     # RFC 5321 4.1.4: also before HELO.
     Verb("VRFY", REQUIRED, useless=True),
     Verb("EXPN", REQUIRED, useless=True),
-    Verb("STARTTLS", NONE, barrier=True, open=True),
+    Verb("STARTTLS", NONE, barrier=True, open=True, odmr=True),
+    Verb("ETRN", REQUIRED, after_helo=True, useless=True, odmr=True),
+    # The octets behind it are those of another server.
+    Verb("ATRN", barrier=True, after_helo=True, useless=True, odmr=True),
 )
 VERBS = {verb.name.encode(): verb for verb in TABLE}
 
 # Known and not done: never "unknown". TURN hands the role over without proof, the next three left the protocol.
-NOT_IMPLEMENTED = frozenset((b"AUTH", b"ETRN", b"ATRN", b"TURN", b"SEND", b"SOML", b"SAML", b"XCLIENT", b"XFORWARD"))
+NOT_IMPLEMENTED = frozenset((b"AUTH", b"TURN", b"SEND", b"SOML", b"SAML", b"XCLIENT", b"XFORWARD"))
 # A web browser, or a page that makes one post a form to us: not a mail client.
 FOREIGN = frozenset((b"GET", b"POST", b"CONNECT", b"PUT"))
 
@@ -140,3 +153,29 @@ def parse_bdat(rest: bytes) -> Bdat:
     if match is None:
         raise CommandError(R501_BAD_BDAT)
     return Bdat(int(match[1]), match[2] is not None)
+
+
+_QUEUE = re.compile(r"#[A-Za-z0-9._-]{1,64}")
+
+
+def parse_node(rest: bytes) -> str:
+    """What ETRN asks for (RFC 1985 5.1): a domain, `@domain` for it and all below it, or `#queue`."""
+    text = rest.decode("utf-8", "replace").strip(" ")
+    if _QUEUE.fullmatch(text):
+        return text
+    sign = "@" if text.startswith("@") else ""
+    return sign + _parse_node_domain(text[len(sign) :], R501_BAD_NODE)
+
+
+def parse_domains(rest: bytes) -> tuple[str, ...]:
+    """What ATRN asks for (RFC 2645 5.2.1): domains, each once; none: all that there are."""
+    text = rest.decode("utf-8", "replace").strip(" ")
+    domains = [_parse_node_domain(each.strip(" "), R501_BAD_DOMAINS) for each in text.split(",")] if text else []
+    return tuple(dict.fromkeys(domains))
+
+
+def _parse_node_domain(text: str, bad: Reply) -> str:
+    try:
+        return parse_domain(text)
+    except AddressError:
+        raise CommandError(bad) from None

@@ -18,11 +18,12 @@ from pathlib import Path
 
 from .bodies import FileDraft, remove
 from .job import JOB_OCTETS, Job, Mark
+from .reader import Reader
 from .record import Row
 from .reply import R451_LOCAL_ERROR, R452_NO_ROOM
 from .room import Room
 from .scan import RETRY_SECONDS, Scan
-from .store import PAGE, ROWS, SPARE_PAGES, Batch, Reader, Store
+from .store import PAGE, ROWS, SPARE_PAGES, Batch, Store
 from .thread import OneThread
 from .trouble import Trouble
 from .verdict import STORED, Refused, Stored
@@ -58,12 +59,13 @@ class Entry:
 class _Round:
     """One batch, with those who wait for it."""
 
-    __slots__ = ("batch", "done", "entries", "released")
+    __slots__ = ("batch", "done", "entries", "released", "watchers")
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
         self.done: list[Job] = []
         self.released: list[Job] = []
+        self.watchers: list[Future[bool]] = []
         self.batch = Batch()
 
 
@@ -113,7 +115,8 @@ class GroupCommit:
         self._entries: list[Entry] = []
         self._done: list[Job] = []
         self._released: list[Job] = []
-        self._waiting = Batch()  # `later`, `partly` and `aside` only
+        self._watchers: list[Future[bool]] = []
+        self._waiting = Batch()  # all but `messages`, `recipients` and `done`
         self._asides: set[int] = set()
 
     def enter(self, entry: Entry) -> None:
@@ -131,7 +134,7 @@ class GroupCommit:
         if mark.due is not None:
             job.tried[mark.number] = mark
             due = int(mark.due * 1000)
-            waiting.later.append((due, mark.attempts, mark.reason, mark.key, mark.number))
+            waiting.later.append((due, mark.attempts, mark.reason, mark.reported, mark.key, mark.number))
         else:
             job.pending.remove(mark.number)
             if job.pending:
@@ -147,6 +150,30 @@ class GroupCommit:
         """Lets a job go, behind the marks that came before."""
         self._released.append(job)
         self._schedule()
+
+    def hold(self, rows: list[tuple[int, int]]) -> None:
+        """Puts recipients (key, number) on hold."""
+        self._waiting.hold += rows
+        self._schedule()
+
+    def wake(self, rows: list[tuple[int, int]], due: float) -> None:
+        """Makes recipients (key, number) due, also those on hold."""
+        self._waiting.wake += [(int(due * 1000), key, number) for key, number in rows]
+        self._schedule()
+
+    def erase(self, keys: list[int]) -> None:
+        """Deletes messages that were set aside."""
+        self._waiting.erased += keys
+        self._schedule()
+
+    async def flushed(self) -> bool:
+        """Returns when all that was handed over before is durable; False: the spool was closed before."""
+        if self._closing:
+            return False
+        watcher: Future[bool] = self._loop.create_future()
+        self._watchers.append(watcher)
+        self._schedule()
+        return await watcher
 
     def set_aside(self, key: int, why: str, since: float) -> bool:
         """Takes a message out of delivery. False: that is under way."""
@@ -172,6 +199,9 @@ class GroupCommit:
                 break
         self.healthy = False
         self._busy = True  # for good: a mark that comes later would open the database anew
+        for watcher in (*self._watchers, *self._round.watchers):
+            if not watcher.done():
+                watcher.set_result(False)
 
     def _schedule(self) -> None:
         if not self._busy:
@@ -180,7 +210,7 @@ class GroupCommit:
 
     def _next(self) -> None:
         """Begins the next batch; the connection is the loop's."""
-        if self._entries or self._done or self._waiting or self._released:
+        if self._entries or self._done or self._waiting or self._released or self._watchers:
             self._begin()
         elif self._freed > SPARE_PAGES * PAGE and not self._closing:
             self._round = _Round()
@@ -219,8 +249,9 @@ class GroupCommit:
                 break
             work.entries.append(entry)
             batch.messages.append(entry.row)
+            arrived = int(job.message.arrived)
             for number, recipient in enumerate(recipients):
-                batch.recipients.append((job.key, number, recipient.address.domain))
+                batch.recipients.append((job.key, number, recipient.address.domain, arrived))
             held[job.key] = job
         del self._entries[: len(work.entries)]
         work.done, self._done = self._done[:ROWS], self._done[ROWS:]
@@ -230,8 +261,12 @@ class GroupCommit:
             batch.later, waiting.later = waiting.later[:ROWS], waiting.later[ROWS:]
             batch.partly, waiting.partly = waiting.partly[:ROWS], waiting.partly[ROWS:]
             batch.aside, waiting.aside = waiting.aside[:ROWS], waiting.aside[ROWS:]
+            batch.hold, waiting.hold = waiting.hold[:ROWS], waiting.hold[ROWS:]
+            batch.wake, waiting.wake = waiting.wake[:ROWS], waiting.wake[ROWS:]
+            batch.erased, waiting.erased = waiting.erased[:ROWS], waiting.erased[ROWS:]
         if not waiting and not self._done:  # a job is let go only behind the last of its marks
             work.released, self._released = self._released, []
+            work.watchers, self._watchers = self._watchers, []
         return work
 
     def _committed(self, answer: bool | Exception) -> None:
@@ -273,12 +308,21 @@ class GroupCommit:
         for key, *_ in work.batch.aside:
             self._asides.discard(key)
             room.jobs -= scan.let_go(key)
+        if work.batch.hold:
+            scan.overtake({key for key, _ in work.batch.hold})
+        if work.batch.wake:
+            woken = {key for _, key, _ in work.batch.wake}
+            scan.overtake(woken)
+            scan.wake(woken)
         for job in work.released:
             if job.pending and scan.held.get(job.key) is job:
-                room.jobs -= scan.let_go(job.key)
                 scan.put_back(job)
+                room.jobs -= scan.let_go(job.key)
+        for watcher in work.watchers:
+            if not watcher.done():
+                watcher.set_result(True)
         self.backlog += len(jobs) - len(work.done) - len(work.batch.aside)
-        self.broken += len(work.batch.aside)
+        self.broken += len(work.batch.aside) - len(work.batch.erased)
         if jobs:
             try:
                 self._stored(jobs)
@@ -344,7 +388,11 @@ class GroupCommit:
         self._released[:0] = work.released
         self._waiting.later[:0] = work.batch.later
         self._waiting.partly[:0] = work.batch.partly
+        self._watchers[:0] = work.watchers
         self._waiting.aside[:0] = work.batch.aside
+        self._waiting.hold[:0] = work.batch.hold
+        self._waiting.wake[:0] = work.batch.wake
+        self._waiting.erased[:0] = work.batch.erased
         if self._failures > 1:  # it can be opened, but no commit works: not at full speed
             self._refuse_waiting(refused)
             await sleep(min(2.0 ** (self._failures - 2), RETRY_SECONDS))

@@ -11,7 +11,9 @@ A bug is logged once and answered 421; exception text never goes to the peer. RF
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
+import struct
 import time
 from collections.abc import Awaitable
 from enum import IntFlag
@@ -19,7 +21,7 @@ from typing import cast
 
 from . import log as logs
 from ._parser import Body, BodyEnd, FrameError, Line
-from .job import Draft
+from .job import Draft, Turned
 from .message import Content, Message
 from .metrics import Counter
 from .reply import (
@@ -104,6 +106,12 @@ class Connection(asyncio.Protocol):
         ip, port = (peer[0], peer[1]) if isinstance(peer, tuple) else ("", 0)
         # A mapped address is its IPv4 address in every list, limit and trace.
         self.client = Client(ip.removeprefix("::ffff:"), port, service.name)
+        if not ip:
+            self.client.uid = peer_uid(transport.get_extra_info("socket"))
+        if service.trusts is not None:
+            self.client.trusted = service.trusts(self.client.ip)
+        if service.fetches is not None:
+            self.client.fetches = service.fetches(self.client.ip)
         if (secured := transport.get_extra_info("ssl_object")) is not None:
             self.client.tls = describe(secured)
             service.count(Counter.TLS_HANDSHAKES)
@@ -258,8 +266,8 @@ class Connection(asyncio.Protocol):
 
     def _receive_early(self, line: Line) -> Answer:
         """The answer to a command behind which more was sent already."""
-        if line.verb == b"STARTTLS":
-            # Nothing of it may be executed, inside or outside TLS.
+        if line.verb == b"STARTTLS" or (line.verb == b"ATRN" and self.session.terms.odmr):
+            # Nothing of it may be executed, inside or outside TLS; or taken for what a server says.
             return SILENT_CLOSE
         if self.service.early_refused and line.verb in EARLY:
             return R554_EARLY_TALKER
@@ -384,7 +392,24 @@ class Connection(asyncio.Protocol):
                 self._act(self.session.resume(decided), stage)
             except Exception as error:
                 self._bug(error)
-            self._pump()
+            if decided.turned is None or self.closing:
+                self._pump()
+            elif self.parser.unread or self.stalled:  # it did not wait for our answer
+                self._close(SILENT_CLOSE, "early talker")
+            else:
+                self._turn(decided.turned)
+                return
+        if decided.turned is not None:
+            decided.turned.abandon()
+
+    def _turn(self, turned: Turned) -> None:
+        """The client is the server from here on. For everything but its octets this stays the connection."""
+        transport = self.transport
+        assert transport is not None
+        self._flush()
+        self.busy = True
+        self.end = "turned"
+        turned.begin(transport, self.connection_lost)
 
     def _refused(self, reply: Reply, stage: bytes) -> None:
         service = self.service
@@ -541,6 +566,14 @@ class Connection(asyncio.Protocol):
         self._begin(self.session)
         if between.octets:
             self.data_received(bytes(between.octets))
+
+
+def peer_uid(client: socket.socket | None) -> int:
+    """The user at the other end of a unix socket, as the kernel knows it (unix(7) SO_PEERCRED); -1: not known."""
+    if client is None or client.family != socket.AF_UNIX:
+        return -1
+    _, uid, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+    return int(uid)
 
 
 class _Between(asyncio.Protocol):

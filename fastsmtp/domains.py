@@ -8,23 +8,48 @@ Not here: who may send (policy), delivering (transports).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 from .address import Address
+from .verdict import NextHop
+
+Row = TypeVar("Row")
+
+
+def find_name(rows: Mapping[str, Row], domain: str) -> Row | None:
+    """The row for a domain (lower-case A-labels) by its name: exact, `*.` and the nearest parent, or `*`."""
+    row = rows.get(domain)
+    if row is not None:
+        return row
+    parent = domain
+    while "." in parent:
+        parent = parent.partition(".")[2]
+        row = rows.get(f"*.{parent}")
+        if row is not None:
+            return row
+    return rows.get("*")
 
 
 class Domain:
     """A row. `recipients` are keys as in `Address.mailbox` before the "@", None for any; `case_sensitive`: local-parts
-    that differ in case only are different mailboxes."""
+    that differ in case only are different mailboxes. `hop` says what the transport's next host takes, as far as that
+    was heard; None for a transport that takes everything."""
 
-    __slots__ = ("case_sensitive", "name", "recipients", "transport")
+    __slots__ = ("case_sensitive", "hop", "name", "recipients", "transport")
 
     def __init__(
-        self, name: str, transport: str, recipients: Iterable[str] | None = None, case_sensitive: bool = False
+        self,
+        name: str,
+        transport: str,
+        recipients: Iterable[str] | None = None,
+        case_sensitive: bool = False,
+        hop: Callable[[], NextHop | None] | None = None,
     ) -> None:
         self.name = name
         self.transport = transport
         self.case_sensitive = case_sensitive
+        self.hop = hop
         self.recipients = None if recipients is None else frozenset(self.key(Address(r, "")) for r in recipients)
 
     def key(self, address: Address) -> str:
@@ -47,17 +72,10 @@ class Domains:
 
     def find(self, domain: str) -> Domain | None:
         """The row that serves a domain (lower-case A-labels), None when it is not ours."""
-        rows = self._rows
-        row = rows.get(domain)
+        row = self._rows.get(domain)
         if row is not None:
             return row
-        parent = domain
-        while self._wildcards and "." in parent:
-            parent = parent.partition(".")[2]
-            row = rows.get(f"*.{parent}")
-            if row is not None:
-                return row
-        return rows.get("*")
+        return find_name(self._rows, domain) if self._wildcards else self._rows.get("*")
 
     def resolve(self, address: Address, row: Domain | None) -> Address | None:
         """The mailbox that a recipient stands for, itself as a rule; None when it is unknown. `row` is what serves its

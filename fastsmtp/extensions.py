@@ -2,9 +2,10 @@
 
 An extension is offered when its duty can be done: `Offer` says what a listener can do in the state the session is
 in. Parameters are parsed strictly, with a greatest length for each value; which of them are taken follows from the
-table, not from what was offered, save that BODY=BINARYMIME needs its keyword. xtext that decodes to anything but
-printable ASCII is refused: decoded CR LF has been a way into headers and queue files.
-Raises CommandError with the reply for the client. RFC 5321 4.1.1.11, 1870, 6152, 3030, 6531, 3461, 3207, 9422.
+table, not from what was offered, save that BODY=BINARYMIME and REQUIRETLS need their keywords. xtext that decodes to
+anything but printable ASCII is refused: decoded CR LF has been a way into headers and queue files.
+Raises CommandError with the reply for the client. RFC 5321 4.1.1.11, 1870, 6152, 3030, 6531, 3461, 3207, 8689, 9422,
+1985, 2645.
 """
 
 from __future__ import annotations
@@ -34,12 +35,17 @@ class Offer:
     starttls: bool  # a certificate is there, and TLS is not in use yet
     any_octets: bool  # every message ends in a transport that takes any octets
     withheld: frozenset[str] = frozenset()
+    reports: bool = False  # delivery reports are made, and this client may ask for them
+    keeps_tls: bool = False  # TLS is in use, and every message stays here or goes to a host verified by name
+    fetches: bool = False  # mail waits here for domains of the client
+    odmr: bool = False  # mail is only fetched here
 
 
 class Extension(NamedTuple):
     keyword: str
     line: Callable[[Offer], str]  # what EHLO shows; empty: not offered
     needs: str = ""  # a keyword without which this one is not offered
+    odmr: bool = False  # also where mail is only fetched
 
 
 EXTENSIONS = (
@@ -49,10 +55,14 @@ EXTENSIONS = (
     Extension("SMTPUTF8", lambda _: "SMTPUTF8", needs="8BITMIME"),
     Extension("CHUNKING", lambda _: "CHUNKING"),
     Extension("BINARYMIME", lambda offer: "BINARYMIME" if offer.any_octets else "", needs="CHUNKING"),
-    Extension("ENHANCEDSTATUSCODES", lambda _: "ENHANCEDSTATUSCODES"),
+    Extension("ENHANCEDSTATUSCODES", lambda _: "ENHANCEDSTATUSCODES", odmr=True),
+    Extension("DSN", lambda offer: "DSN" if offer.reports else ""),
+    Extension("REQUIRETLS", lambda offer: "REQUIRETLS" if offer.keeps_tls else ""),
     Extension("LIMITS", lambda offer: f"LIMITS RCPTMAX={offer.recipients}"),
-    Extension("STARTTLS", lambda offer: "STARTTLS" if offer.starttls else ""),
-    Extension("HELP", lambda _: "HELP"),
+    Extension("STARTTLS", lambda offer: "STARTTLS" if offer.starttls else "", odmr=True),
+    Extension("ETRN", lambda offer: "ETRN" if offer.fetches else "", odmr=True),
+    Extension("ATRN", lambda offer: "ATRN" if offer.odmr else "", odmr=True),
+    Extension("HELP", lambda _: "HELP", odmr=True),
 )
 
 
@@ -60,7 +70,7 @@ def offered(offer: Offer) -> Mapping[str, str]:
     """The offered keywords and the line of each, in the order of EHLO's answer."""
     lines: dict[str, str] = {}
     for extension in EXTENSIONS:
-        line = extension.line(offer)
+        line = extension.line(offer) if extension.odmr or not offer.odmr else ""
         # The table has what is needed before what needs it.
         if line and extension.keyword not in offer.withheld and (not extension.needs or extension.needs in lines):
             lines[extension.keyword] = line
@@ -140,11 +150,19 @@ MAIL_PARAMETERS: Mapping[str, Parameter] = {
     "SMTPUTF8": Parameter(_flag, 0),  # RFC 6531 3.4
     "RET": Parameter(_one_of("FULL", "HDRS"), 4),  # RFC 3461 4.3
     "ENVID": Parameter(_envid, 100),  # RFC 3461 4.4
+    "REQUIRETLS": Parameter(_flag, 0),  # RFC 8689 4.1
 }
 RCPT_PARAMETERS: Mapping[str, Parameter] = {
     "NOTIFY": Parameter(_notify, 28),  # RFC 3461 4.1
     "ORCPT": Parameter(_orcpt, 500),  # RFC 3461 4.2
 }
+
+
+def without_success(notify: str) -> str:
+    """NOTIFY of a client that may not ask for reports of success. What it has asked for besides stays; RFC 3461 4.1
+    has NEVER for nothing."""
+    return ",".join([word for word in notify.split(",") if word != "SUCCESS"]) or "NEVER"
+
 
 NO_PARAMETERS: Mapping[str, int | str] = {}
 

@@ -8,12 +8,16 @@ one object, a Spool or a MemorySpool. Only values and interfaces here; nothing d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from .message import Message
 from .verdict import Refused, Stored
 
+if TYPE_CHECKING:
+    import asyncio
+
 JOB_OCTETS = 2048  # what a job takes in memory beside its body: message, envelope, one recipient (measured 1.8 KB)
+HELD = float("inf")  # due time of a recipient that is on hold: not before an operator releases it
 
 
 class Draft(Protocol):
@@ -62,16 +66,28 @@ class Job:
 
 
 class Mark:
-    """What became of one recipient of a job: `due` None is finished, else when to try again (epoch seconds)."""
+    """What became of one recipient of a job: `due` None is finished, else when to try again (epoch seconds).
 
-    __slots__ = ("attempts", "due", "key", "number", "reason")
+    `reported`: its sender was told of the delay.
+    """
 
-    def __init__(self, key: int, number: int, due: float | None = None, attempts: int = 0, reason: str = "") -> None:
+    __slots__ = ("attempts", "due", "key", "number", "reason", "reported")
+
+    def __init__(
+        self,
+        key: int,
+        number: int,
+        due: float | None = None,
+        attempts: int = 0,
+        reason: str = "",
+        reported: bool = False,
+    ) -> None:
         self.key = key
         self.number = number
         self.due = due
         self.attempts = attempts
         self.reason = reason
+        self.reported = reported
 
 
 class Keeper(Protocol):
@@ -81,6 +97,19 @@ class Keeper(Protocol):
     def room(self, size: int = 0) -> bool: ...
     def draft(self, message_id: str, drained: Callable[[], None]) -> Draft: ...
     def append(self, message: Message, draft: Draft, answer: Callable[[Stored | Refused], None]) -> None: ...
+
+
+class Turned(Protocol):
+    """What a connection becomes when the roles turn (RFC 2645): the client is the server then. One of the two methods
+    is called, once."""
+
+    def begin(self, transport: asyncio.Transport, lost: Callable[[Exception | None], None]) -> None:
+        """Takes the connection, as its protocol; `lost` is called when it is no more."""
+        ...
+
+    def abandon(self) -> None:
+        """There is no connection any more."""
+        ...
 
 
 class Backlog(Protocol):

@@ -65,6 +65,9 @@ WORKER_DIED = Event(
 WORKER_STUCK = Event(
     "worker-stuck", "worker pid seconds", "A worker's heartbeat stood still; it is killed.", Level.ERROR
 )
+RUNNER_DIED = Event(
+    "runner-died", "why", "The process that runs commands of pipe transports ended; it is started again.", Level.ERROR
+)
 
 SESSION = Event(
     "session",
@@ -76,13 +79,37 @@ REFUSED = Event("refused", "client stage reason reply from to", "A client, sende
 ACCEPTED = Event("accepted", "id client from to size", "A message is kept and was answered 250.")
 
 DELIVERED = Event("delivered", "id to transport seconds", "One recipient has it, `seconds` after it arrived.")
+RELAYED = Event("relayed", "id to transport host reply seconds", "The next host took one recipient's mail.")
 DEFERRED = Event(
     "deferred",
     "id to transport status why attempts retry",
-    "A delivery failed for now; it is tried again in `retry` seconds.",
+    "A delivery failed for now, or was not tried because its destination is dead or busy (`attempts` are those made); "
+    "it is tried again in `retry` seconds.",
     Level.WARNING,
 )
 FAILED = Event("failed", "id to transport status why attempts", "A recipient was given up.", Level.WARNING)
+REPORTED = Event("reported", "id action recipients report to", "A message's sender is told what became of it.")
+UNREPORTED = Event(
+    "unreported",
+    "id to status why",
+    "A recipient of a message without a sender, such as a report, was given up: nobody is told.",
+    Level.WARNING,
+)
+UNREACHABLE = Event(
+    "unreachable",
+    "transport destination status why failures retry",
+    "Nothing that was tried reached a destination; nothing is sent there for `retry` seconds.",
+    Level.WARNING,
+)
+REACHABLE = Event("reachable", "transport destination", "A destination that was dead can be reached.")
+
+QUEUE_RUN = Event("queue-run", "client node messages", "A client had the queue run for its domains (ETRN).")
+TURNED = Event("turned", "client domains seconds end", "A client's server was sent what waited for it (ATRN).")
+
+TLS_GIVEN_UP = Event(
+    "tls-given-up", "host address why",
+    "TLS, where it is only opportunistic, failed with a host; it is spoken to in clear for an hour.", Level.WARNING,
+)  # fmt: skip
 
 SPOOL_OPENED = Event("spool-opened", "spool messages", "A spool was opened; so many messages lay in it.")
 SPOOL_TROUBLE = Event("spool-trouble", "spool where why", "The spool cannot keep mail; it is refused.", Level.ERROR)
@@ -91,6 +118,12 @@ SPOOL_WARNING = Event(
     "spool-warning", "spool where why", "The spool keeps mail, but something wants a look.", Level.WARNING
 )
 SET_ASIDE = Event("set-aside", "id why path", "A message found damaged was set aside, undelivered.", Level.ERROR)
+
+OPERATED = Event(
+    "operated",
+    "uid order what messages recipients under_way",
+    "An operator changed the queue: so many messages, some of which were under way at that moment.",
+)
 
 ACCEPT_PAUSED = Event("accept-paused", "why", "New connections wait until there is room.", Level.WARNING)
 ACCEPT_RESUMED = Event("accept-resumed", "seconds", "New connections are accepted again.")

@@ -52,7 +52,8 @@ class Envelope:
     """What MAIL and RCPT said, with what the trace fields show of the session."""
 
     __slots__ = (
-        "body", "client", "envid", "helo", "id", "protocol", "recipients", "ret", "reverse_path", "size", "utf8",
+        "body", "client", "envid", "helo", "id", "protocol", "recipients", "require_tls", "ret", "reverse_path", "size",
+        "utf8",
     )  # fmt: skip
 
     def __init__(self, reverse_path: Address) -> None:
@@ -61,6 +62,7 @@ class Envelope:
         self.recipients: list[Recipient] = []
         self.body = ""  # BODY=: "7BIT", "8BITMIME", "BINARYMIME" or not given
         self.utf8 = False
+        self.require_tls = False  # RFC 8689: never over a connection that is not verified
         self.size = 0  # SIZE=, octets announced
         self.ret = ""
         self.envid = ""
@@ -141,7 +143,7 @@ def traceable(text: str) -> str:
 def received_from(client: Client) -> str:
     """The part of the Received field that is the same for a whole session (RFC 5321 4.4)."""
     if not client.ip:
-        host = "local"
+        host = "local" if client.uid < 0 else f"local, uid {client.uid}"
     else:
         host = f"[IPv6:{client.ip}]" if ":" in client.ip else f"[{client.ip}]"
         if client.rdns:

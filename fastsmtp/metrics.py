@@ -37,3 +37,5 @@ class Counter(IntEnum):
     COMMITS = "Commits of the spool that were flushed"
     COMMITS_FAILED = "Commits of the spool that failed"
     LOG_LINES_DROPPED = "Log lines dropped because the log was not read fast enough"
+    REPORTS = "Delivery reports written"
+    DESTINATIONS_DEAD = "Times that a destination was found dead"

@@ -1,70 +1,67 @@
-"""The queue: hands kept messages to transports, and decides when a recipient is tried again.
+"""The queue: hands kept messages to transports, and tells the spool and the senders what became of each recipient.
 
-In: jobs, from the spool's commits while they are in memory, and claimed from the spool when they are due. Out: marks
-for the spool, one for each recipient tried. Each transport has a lane; a lane hands over all that waits in it at once,
-so that one flush serves many, and a slow lane delays no other. The route is looked up at each attempt; a transport
-that is gone from the configuration defers. A failed attempt is repeated with back-off (doubling, with jitter); nothing
-is given up: what failed for good waits for the longest interval. Bodies of waiting jobs are dropped from memory when
-the spool says that it has too much of them, and read back. Nothing is delivered that could not be marked: while the
-spool is not well, lanes rest.
-Not here: transports, SQL, how a claim is made. Knows only delivery/__init__ and the spool's Backlog.
+In: jobs, from the spool's commits while they are in memory, and claimed from the spool when they are due. Out: one
+mark for each recipient tried, and reports. The life of a delivery:
+    offer -> dispatch: recipients are routed, anew at each attempt, into lanes, one for each destination
+          -> start: as many calls of `deliver` as the lane's window and the machine's slots allow
+          -> settle: outcomes become fates, reports are kept, then marks are made
+What waits in a lane is bounded: behind that, and where the destination is dead, mail goes back to the spool with a time
+at which it is due. Bodies of waiting jobs are dropped from memory when the spool says that it has too much of them, and
+read back. Nothing is delivered that could not be marked: while the spool is not well, lanes rest.
+Not here: windows and dead destinations (destinations), what an outcome means (fate), times (schedule), reports
+(reporting), transports, SQL. Knows only delivery/__init__ and the spool's Backlog.
 """
 
 from __future__ import annotations
 
 import asyncio
 import random
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from functools import partial
+from pathlib import Path
+from typing import TypeAlias
 
 from . import log as logs
+from ._shared import Shared
 from .address import Address
-from .delivery import DELIVERED, Delivery, Outcome, Result, Scope, Transport
+from .delivery import Delivery, Outcome, Result, Scope, Transport
+from .destinations import DEAD, Batch, Destinations, Lane, LaneState, unreached
+from .fate import Fate, Fates
 from .job import Backlog, Job, Mark
+from .message import Message
 from .metrics import Counter
+from .reporting import Reports
+from .schedule import Schedule
+from .selection import Selection
 
 CLAIM = 500  # jobs claimed at once
 FEW = 50  # the same while memory is short; so many may wait then. One alone: 90 messages a second, not 5,000
-IN_MEMORY = 5_000  # waiting jobs above which none are claimed
-BATCH = 1_000  # deliveries handed to a transport at once
+WAITING_LIMIT = 5_000  # deliveries that wait for one destination
+CROWDED = 6_000  # deliveries in all lanes, above which no more than FEW may wait for each destination
+IN_MEMORY = 10_000  # deliveries in all lanes, above which none are claimed
+TOGETHER = 60.0  # seconds that a failure waits for the message's other recipients, to be told with theirs
+POLL_SECONDS = 0.05  # to ask again for a slot that another worker has
+POLLED = 100  # lanes asked for at once
+SWEEP_TICKS = 60
 
-Batch: TypeAlias = list[tuple[Job, Delivery]]
 Outcomes: TypeAlias = Sequence[Sequence[Outcome]]
 
+# Names of this module: looking up an Enum's member costs 0.05 µs each time on Python 3.11.
+DELIVERED = Result.DELIVERED
 RECIPIENTS_DELIVERED = Counter.RECIPIENTS_DELIVERED
 
 NO_ROUTE = Outcome(Result.DEFERRED, "4.3.5", "no transport is configured for this domain", Scope.HOST)
-BROKEN_TRANSPORT = Outcome(Result.DEFERRED, "4.3.0", "the transport failed; see the log", Scope.HOST)
-
-
-class Backoff(NamedTuple):
-    """Waits in seconds: the first, doubling up to the longest."""
-
-    first: float = 300.0
-    longest: float = 4 * 3600.0
-
-    def wait(self, attempts: int, chance: Callable[[], float]) -> float:
-        """Before the next attempt, after `attempts` of them: within a tenth of the plain figure, so that what failed
-        together does not come back together."""
-        plain = min(self.first * 2.0 ** min(attempts - 1, 60), self.longest)
-        return plain * (0.9 + 0.2 * chance())
-
-
-class Lane:
-    """What waits for one transport."""
-
-    __slots__ = ("name", "transport", "waiting", "working")
-
-    def __init__(self, name: str, transport: Transport) -> None:
-        self.name = name
-        self.transport = transport
-        self.waiting: Batch = []
-        self.working = False
+BROKEN_TRANSPORT = Outcome(Result.DEFERRED, "4.3.0", "the transport failed; see the log", Scope.MESSAGE)
+BUSY = Outcome(Result.DEFERRED, "4.4.5", "much other mail waits for the same destination", Scope.HOST)
 
 
 class Queue:
     """`route` gives the name of the transport for an address, and the mailbox there. `now` is in seconds since the
-    epoch and never jumps; `chance` is uniform in [0, 1)."""
+    epoch and never jumps; `monotonic` is the machine's clock, the same in all workers; `chance` is uniform in [0, 1).
+    `shared` is the memory of all workers, of which this is number `worker`; `total` caps the calls of `deliver` that
+    are under way in all of them. Without `reports` nobody is told anything, and nothing is given up."""
 
     def __init__(
         self,
@@ -75,7 +72,12 @@ class Queue:
         log: logs.Log,
         count: Callable[[Counter, int], None],
         now: Callable[[], float],
-        backoff: Backoff | None = None,
+        schedule: Schedule | None = None,
+        reports: Reports | None = None,
+        shared: Shared | None = None,
+        worker: int = 0,
+        total: int = 500,
+        monotonic: Callable[[], float] = time.monotonic,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self._backlog = backlog
@@ -83,12 +85,22 @@ class Queue:
         self._log = log
         self._count = count
         self._now = now
-        self._backoff = backoff or Backoff()
-        self._chance = chance
-        self._lanes = {name: Lane(name, transport) for name, transport in transports.items()}
-        self._waiting = 0  # jobs in lanes
+        self._reports = reports
+        schedule = schedule or Schedule()
+        self._fates = Fates(schedule, reports, log=log, count=count, now=now, chance=chance)
+        self._destinations = Destinations(
+            transports, schedule, shared or Shared(1, 0), worker, total,
+            log=log, count=count, monotonic=monotonic, chance=chance,
+        )  # fmt: skip
+        self._wanted: dict[int, int] = {}  # keys of jobs that were asked for by id, and the tick then
+        self._waiting = 0  # deliveries in lanes and under way
+        self._untold: dict[int, list[Fate]] = {}  # by the job's key: failures and delays that wait to be told
+        self._queued: list[Lane] = []  # to be started
+        self._hungry: deque[Lane] = deque()  # refused a slot
+        self._polling = False
         self._claiming = False
         self._closing = False
+        self._ticks = 0
         self._tasks: set[asyncio.Task[None]] = set()
         backlog.on_stored = self.offer
 
@@ -96,27 +108,32 @@ class Queue:
         """Takes jobs that were kept just now, or claimed."""
         for job in jobs:
             self._dispatch(job)
-        for lane in self._lanes.values():
-            self._start(lane)
+        self._start_queued()
 
     def tick(self) -> None:
         """Called once a second: wakes what rested, and claims what is due."""
         if self._closing or not self._backlog.healthy:
             return
-        for lane in self._lanes.values():
-            self._start(lane)
+        self._start_queued()
         self._look_for_more()
+        self._ticks += 1
+        if self._ticks % SWEEP_TICKS == 0:
+            self._destinations.sweep()
+            recent = self._ticks - SWEEP_TICKS
+            self._wanted = {key: tick for key, tick in self._wanted.items() if tick > recent}
 
-    def _look_for_more(self) -> None:
-        """Claims what is due, as long as what waits already is little."""
-        if self._claiming or self._closing or self._waiting >= IN_MEMORY:
-            return
-        if self._waiting and self._backlog.over_budget:
-            return
-        due = self._backlog.next_due()
-        if due is not None and due <= self._now():
-            self._claiming = True
-            self._run(self._claim())
+    def wake(self, selection: Selection) -> None:
+        """What is about to be made due (Backlog) will be tried, also where the destination is dead."""
+        if selection.everything:
+            self._destinations.forget_all()
+        elif selection.domain:
+            self._destinations.forget_domain(selection.domain)
+        else:
+            self._wanted.update(dict.fromkeys(selection.keys, self._ticks))
+
+    def lanes(self) -> list[LaneState]:
+        """The destinations that mail waits for, or did a minute ago."""
+        return self._destinations.states()
 
     async def close(self) -> None:
         """Finishes what transports have in hand; what waits stays in the spool."""
@@ -129,79 +146,178 @@ class Queue:
         """Whether nothing waits and nothing is under way."""
         return not self._waiting and not self._tasks
 
+    def _look_for_more(self) -> None:
+        """Claims what is due, as long as what waits already is little."""
+        if self._claiming or self._closing or self._waiting >= IN_MEMORY:
+            return
+        if self._waiting and self._backlog.over_budget:
+            return
+        due = self._backlog.next_due()
+        if due is not None and due <= self._now():
+            self._claiming = True
+            self._run(self._claim())
+
+    async def _claim(self) -> None:
+        jobs: list[Job] = []
+        try:
+            n = FEW if self._backlog.over_budget else CLAIM
+            jobs = await self._backlog.claim(self._now(), n)
+            self.offer(jobs)
+        finally:
+            self._claiming = False
+        if jobs:  # a thousand that only had to be put off hold nobody up who was due behind them
+            self._look_for_more()
+
+    def _run(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
     # Jobs into lanes
 
     def _dispatch(self, job: Job) -> None:
-        message = job.message
-        recipients = message.envelope.recipients
-        lanes: dict[str, list[int]] = {}
-        marks = []
+        recipients = job.message.envelope.recipients
+        lanes: list[Lane] = []
+        fates: list[Fate] = []
         tried = job.tried
-        if tried:
-            now = self._now()
+        now = self._now() if tried else 0.0
+        most = WAITING_LIMIT if self._waiting < CROWDED else FEW
         for number in job.pending:
-            recipient = recipients[number]
             if tried and number in tried and (tried[number].due or 0.0) > now:
                 continue
-            if recipient.fault:
-                marks.append(self._mark(job, number, Outcome(Result.FAILED, "5.4.6", recipient.fault), ""))
+            lane = self._find_lane(job, number, most, fates)
+            if lane is None:
                 continue
-            name, recipient.address = self._route(recipient.address)
-            if name not in self._lanes:
-                marks.append(self._mark(job, number, NO_ROUTE, name))
-            elif name in lanes:
-                lanes[name].append(number)
-            else:
-                lanes[name] = [number]
-        if self._backlog.over_budget and lanes:
-            self._backlog.drop(job)
-            if self._backlog.over_budget and self._waiting >= FEW:
-                # Not even what is known about it has room: the spool gives it back when others are done.
-                lanes.clear()
-        for name, numbers in lanes.items():
-            chosen = [recipients[number] for number in numbers]
-            self._lanes[name].waiting.append((job, Delivery(message, chosen, numbers)))
-            job.deliveries += 1
-            self._waiting += 1
-        if marks:
-            self._backlog.finish(marks)
-        if not lanes:
-            self._let_go(job)
+            if lane.numbers is None:
+                lane.numbers = []
+                lanes.append(lane)
+            lane.numbers.append(number)
+        if self._wanted and self._wanted.pop(job.key, None) is not None:
+            for lane in lanes:
+                self._destinations.forget(lane)
+        room = not lanes or self._make_room(job)
+        for lane in lanes:
+            numbers, lane.numbers = lane.numbers, None
+            if room and numbers is not None:
+                self._put(lane, job, Delivery(job.message, [recipients[number] for number in numbers], numbers))
+        if fates:
+            self._finish(job, fates)
+        self._let_go(job)
+
+    def _find_lane(self, job: Job, number: int, most: int, fates: list[Fate]) -> Lane | None:
+        """Where a recipient goes; None when it cannot be tried now, and its fate is decided."""
+        recipient = job.message.envelope.recipients[number]
+        if recipient.fault:
+            outcome = Outcome(Result.FAILED, "5.4.6", recipient.fault)
+            fates.append(self._fates.attempted(job, number, outcome, "", 0.0))
+            return None
+        name, recipient.address = self._route(recipient.address)
+        lane = self._destinations.lane(name, recipient.address)
+        if lane is None:
+            fates.append(self._fates.unrouted(job, number, NO_ROUTE, name))
+            return None
+        if len(lane.waiting) >= most:
+            wait = self._destinations.book(lane)
+            fates.append(self._fates.busy(job, number, BUSY, name, wait))
+            return None
+        return lane
+
+    def _make_room(self, job: Job) -> bool:
+        """Over the budget a job waits without its body; False: not even what is known about it has room, the spool
+        gives it back when others are done."""
+        if not self._backlog.over_budget:
+            return True
+        self._backlog.drop(job)
+        return not self._backlog.over_budget or self._waiting < FEW
+
+    def _put(self, lane: Lane, job: Job, delivery: Delivery) -> None:
+        lane.waiting.append((job, delivery))
+        job.deliveries += 1
+        self._waiting += 1
+        if not lane.queued:
+            lane.queued = True
+            self._queued.append(lane)
 
     def _let_go(self, job: Job) -> None:
         """A job with recipients left for later goes back to the spool once nothing of it is under way."""
         if not job.deliveries and job.pending:
             self._backlog.release(job)
 
-    async def _claim(self) -> None:
-        try:
-            n = FEW if self._backlog.over_budget else CLAIM
-            self.offer(await self._backlog.claim(self._now(), n))
-        finally:
-            self._claiming = False
+    def _take_off(self, batch: Batch) -> None:
+        """Deliveries that are decided, or cannot be made."""
+        self._waiting -= len(batch)
+        for job, _ in batch:
+            job.deliveries -= 1
+            if job.pending:
+                self._let_go(job)
 
     # Lanes
 
+    def _start_queued(self) -> None:
+        queued, self._queued = self._queued, []
+        for lane in queued:
+            lane.queued = False
+            self._start(lane)
+
     def _start(self, lane: Lane) -> None:
         transport = lane.transport
-        while lane.waiting and not (lane.working or self._closing) and self._backlog.healthy:
-            batch = lane.waiting[:BATCH]
-            del lane.waiting[:BATCH]
+        while lane.waiting and lane.running < lane.window and not self._closing:
+            if not self._backlog.healthy:
+                self._queue_again(lane)
+                return
+            place = self._destinations.enter(lane)
+            if place == DEAD:
+                self._postpone(lane)
+                return
+            if place < 0:
+                self._await_slot(lane)
+                return
+            batch = lane.take()
             if transport.needs_body and any(job.message.parts is None for job, _ in batch):
-                lane.working = True
-                self._run(self._read_and_deliver(lane, batch))
+                self._run(self._read_and_deliver(lane, place, batch))
                 continue
             outcomes = self._deliver(transport, batch)
             if isinstance(outcomes, Sequence):
-                self._settle(lane, batch, outcomes)
+                self._settle(lane, place, batch, outcomes)
             else:
-                lane.working = True
-                self._run(self._await(lane, batch, outcomes))
+                self._run(self._await(lane, place, batch, outcomes))
 
-    def _run(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _queue_again(self, lane: Lane) -> None:
+        """The next tick starts it."""
+        if not lane.queued:
+            lane.queued = True
+            self._queued.append(lane)
+
+    def _postpone(self, lane: Lane) -> None:
+        """Nothing that waits for a dead destination is tried."""
+        rest = self._destinations.rest(lane)
+        batch, lane.waiting = lane.waiting, []
+        for job, delivery in batch:
+            fates = [self._fates.postponed(job, number, lane.failure, lane.name, rest) for number in delivery.numbers]
+            self._finish(job, fates)
+        self._take_off(batch)
+
+    def _await_slot(self, lane: Lane) -> None:
+        """Slots that this worker gives back are offered to it at once; for those of others it asks again."""
+        if not lane.hungry:
+            lane.hungry = True
+            self._hungry.append(lane)
+        if not self._polling:
+            self._polling = True
+            asyncio.get_running_loop().call_later(POLL_SECONDS, self._poll)
+
+    def _poll(self) -> None:
+        self._polling = False
+        self._feed(POLLED)
+
+    def _feed(self, most: int) -> None:
+        for _ in range(min(most, len(self._hungry))):
+            lane = self._hungry.popleft()
+            lane.hungry = False
+            self._start(lane)
+        if self._hungry and not self._polling and not self._closing:
+            self._polling = True
+            asyncio.get_running_loop().call_later(POLL_SECONDS, self._poll)
 
     def _deliver(self, transport: Transport, batch: Batch) -> Outcomes | Awaitable[Outcomes]:
         try:
@@ -209,73 +325,134 @@ class Queue:
         except Exception as error:
             return self._broken(batch, error)
 
-    async def _await(self, lane: Lane, batch: Batch, waiting: Awaitable[Outcomes]) -> None:
+    async def _await(self, lane: Lane, place: int, batch: Batch, waiting: Awaitable[Outcomes]) -> None:
         try:
             outcomes = await waiting
         except Exception as error:
             outcomes = self._broken(batch, error)
-        lane.working = False
-        self._settle(lane, batch, outcomes)
+        self._settle(lane, place, batch, outcomes)
         self._start(lane)
+        if self._hungry:
+            self._feed(2)
 
-    async def _read_and_deliver(self, lane: Lane, batch: Batch) -> None:
+    async def _read_and_deliver(self, lane: Lane, place: int, batch: Batch) -> None:
         """Reads back the bodies that are not in memory. What is broken has been set aside by the spool."""
-        whole = []
+        whole: Batch = []
         for job, delivery in batch:
             if job.message.parts is not None or await self._backlog.read(job):
                 whole.append((job, delivery))
             else:
                 job.deliveries -= 1
                 self._waiting -= 1
-        outcomes = self._deliver(lane.transport, whole)
+        outcomes = self._deliver(lane.transport, whole) if whole else []
         if isinstance(outcomes, Sequence):
-            lane.working = False
-            self._settle(lane, whole, outcomes)
+            self._settle(lane, place, whole, outcomes)
             self._start(lane)
         else:
-            await self._await(lane, whole, outcomes)
+            await self._await(lane, place, whole, outcomes)
 
     def _broken(self, batch: Batch, error: Exception) -> Outcomes:
         self._log.write(logs.BUG, "transport", repr(error), logs.trace(error))
         return [[BROKEN_TRANSPORT] * len(delivery.numbers) for _, delivery in batch]
 
-    def _settle(self, lane: Lane, batch: Batch, results: Outcomes) -> None:
-        self._waiting -= len(batch)
-        marks = []
+    # Outcomes into marks
+
+    def _settle(self, lane: Lane, place: int, batch: Batch, results: Outcomes) -> None:
+        rest = 0.0
+        if batch:
+            failure = unreached(results)
+            if failure is None:
+                self._destinations.reached(lane, place)
+            else:
+                rest = self._destinations.missed(lane, place, failure)
+        self._destinations.leave(lane, place, len(batch))
+        marks: list[Mark] = []
         delivered = 0
         now = self._now()
-        log = self._log
+        log_delivery = self._fates.log_delivery
         for (job, delivery), outcomes in zip(batch, results, strict=True):
             message = job.message
+            fates: list[Fate] | None = None
             for number, recipient, outcome in zip(delivery.numbers, delivery.recipients, outcomes, strict=True):
-                if outcome is DELIVERED:
+                if outcome.result is DELIVERED and not recipient.notify:  # most mail: as Fates does, without a Fate
                     delivered += 1
                     marks.append(Mark(job.key, number))
-                    log.write(logs.DELIVERED, message.id, recipient.address.wire, lane.name, now - message.arrived)
+                    log_delivery(message, recipient, outcome, lane.name, now)
                 else:
-                    marks.append(self._mark(job, number, outcome, lane.name))
+                    fates = fates or []
+                    fates.append(self._fates.attempted(job, number, outcome, lane.name, rest))
+            if fates:
+                self._finish(job, fates)
         if delivered:
             self._count(RECIPIENTS_DELIVERED, delivered)
         self._backlog.finish(marks)
-        for job, _ in batch:
-            job.deliveries -= 1
-            if job.pending:
-                self._let_go(job)
+        self._take_off(batch)
         if self._waiting < CLAIM:
             self._look_for_more()
 
-    def _mark(self, job: Job, number: int, outcome: Outcome, transport: str) -> Mark:
-        """What the spool is told of an attempt that did not deliver."""
-        attempts = (job.tried[number].attempts if number in job.tried else 0) + 1
-        if outcome.result is Result.FAILED:
-            wait = self._backoff.longest
-            self._count(Counter.RECIPIENTS_FAILED, 1)
-        else:
-            wait = self._backoff.wait(attempts, self._chance)
-            self._count(Counter.RECIPIENTS_DEFERRED, 1)
-        reason = f"{outcome.status} {outcome.text}"
-        self._log.write(
-            logs.DEFERRED, job.message.id, str(job.message.envelope.recipients[number].address), transport,
-            outcome.status, outcome.text, attempts, round(wait),
-        )  # fmt: skip
-        return Mark(job.key, number, self._now() + wait, attempts, reason)
+    def _finish(self, job: Job, fates: list[Fate]) -> None:
+        """Makes the marks, those with something to tell when that is kept. Failures and delays of a message are told
+        together; a success is not kept waiting, for it would be delivered again after a crash."""
+        good = [fate for fate in fates if fate.event is not None and not fate.is_bad]
+        bad = [fate for fate in fates if fate.is_bad]
+        if good:
+            self._begin_report(job, good, patience=0.0)
+        if bad:
+            untold = self._untold.get(job.key)
+            if untold is not None:
+                untold += bad
+            else:
+                self._untold[job.key] = bad
+                self._begin_report(job, bad, patience=TOGETHER)
+        self._backlog.finish([fate.mark for fate in fates if fate.event is None])
+
+    def _begin_report(self, job: Job, fates: list[Fate], patience: float) -> None:
+        job.deliveries += 1
+        self._waiting += 1
+        self._run(self._report(job, fates, patience))
+
+    async def _report(self, job: Job, fates: list[Fate], patience: float) -> None:
+        """Keeps reports, then makes the marks. When that cannot be done before the end, the recipients are tried again
+        after the next start. `patience`: seconds to wait for what else of the message is under way."""
+        assert self._reports is not None
+        pause = 0.01
+        while patience > 0 and job.deliveries > 1 and not self._closing:
+            await asyncio.sleep(pause)
+            patience -= pause
+            pause = min(2 * pause, 1.0)
+        if self._untold.get(job.key) is fates:
+            del self._untold[job.key]
+        kept = False
+        try:
+            head = await self._head(job, self._reports.head_size(job.message))
+            events = [fate.event for fate in fates if fate.event is not None]
+            kept = await self._reports.keep(job.message, events, head, lambda: self._closing)
+        except Exception as error:
+            self._log.write(logs.BUG, "report", repr(error), logs.trace(error))
+        self._waiting -= 1
+        if kept:
+            job.deliveries -= 1
+            self._backlog.finish([fate.mark for fate in fates])
+            self._let_go(job)
+
+    async def _head(self, job: Job, size: int) -> bytes:
+        """The first octets of the body, fewer when they cannot be read: a report goes without them."""
+        message = job.message
+        if message.file:
+            loop = asyncio.get_running_loop()
+            return await loop.run_in_executor(None, partial(_read_head, Path(message.file), size))
+        if message.parts is None:
+            await self._backlog.read(job)
+        return _head_of(message, size)
+
+
+def _head_of(message: Message, size: int) -> bytes:
+    return b"".join(message.parts or ())[:size]
+
+
+def _read_head(path: Path, size: int) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(size)
+    except OSError:
+        return b""

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from .address import Address
 from .ids import is_id
-from .job import JOB_OCTETS, Job, Mark
+from .job import HELD, JOB_OCTETS, Job, Mark
 from .message import Content, Envelope, Message, Recipient
 
 ENVELOPE_FORMAT = "1"
@@ -20,7 +20,7 @@ ENVELOPE_FORMAT = "1"
 # key, id, arrived, envelope, prefix, cuts, content, header_end, size, crc, body (None: in a file)
 Row: TypeAlias = tuple[int, str, float, bytes, bytes, str, int, int, int, int, bytes | None]
 # As JSON has it: like Row up to size, octets in hexadecimal, then whether it is in a file, and the pending recipients:
-# number, due (ms), attempts, reason.
+# number, due (ms), attempts, reason, reported, held.
 Loaded: TypeAlias = list[Any]
 
 
@@ -29,11 +29,14 @@ def render_envelope(envelope: Envelope) -> bytes:
     if not envelope.recipients:
         raise ValueError("the envelope has no recipient")
     path = envelope.reverse_path
+    flags = "utf8" if envelope.utf8 else ""
+    if envelope.require_tls:
+        flags += " requiretls"
     lines = [
         ENVELOPE_FORMAT,
         f"{path.local}@{path.domain}",
         envelope.body,
-        "utf8" if envelope.utf8 else "",
+        flags,
         str(envelope.size),
         envelope.ret,
         envelope.envid,
@@ -55,11 +58,12 @@ def parse_envelope(raw: bytes, message_id: str) -> Envelope:
     version, *lines = raw.decode("utf-8", "surrogateescape").split("\n")
     if version != ENVELOPE_FORMAT:
         raise ValueError(f"unknown envelope format {version!r}")
-    path, body, utf8, size, ret, envid, client, helo, protocol, *recipients = lines
+    path, body, flags, size, ret, envid, client, helo, protocol, *recipients = lines
     envelope = Envelope(_address(path))
     envelope.id = message_id
     envelope.body = body
-    envelope.utf8 = bool(utf8)
+    envelope.utf8 = flags.startswith("utf8")
+    envelope.require_tls = flags.endswith("requiretls")
     envelope.size = int(size)
     envelope.ret = ret
     envelope.envid = envid
@@ -103,9 +107,9 @@ def parse_job(row: Loaded, bodies: Path) -> Job:
     job = Job(key, message, [number for number, *_ in pending], checked=False)
     if job.pending and not 0 <= job.pending[-1] < len(message.envelope.recipients):
         raise ValueError("a recipient is not in the envelope")
-    for number, due, attempts, reason in pending:
-        if due is not None:
-            job.tried[number] = Mark(key, number, due / 1000, attempts, reason)
+    for number, due, attempts, reason, reported, held in pending:
+        if held or due is not None:
+            job.tried[number] = Mark(key, number, HELD if held else due / 1000, attempts, reason, bool(reported))
     job.held = JOB_OCTETS
     return job
 

@@ -64,6 +64,11 @@ def queued(message_id: str) -> Reply:
     return Reply(250, "2.0.0", text, wire=f"250 2.0.0 {text}\r\n".encode())
 
 
+def pending(messages: int) -> Reply:
+    """253 of ETRN: a queue run was started for so many (RFC 1985 5.3)."""
+    return Reply(253, "2.0.0", f"{messages} pending messages, queue run started")
+
+
 def joined(replies: list[Reply]) -> Reply:
     """One answer of several replies, as LMTP has them at end-of-data (RFC 2033 4.2); it counts as its last."""
     last = replies[-1]
@@ -73,6 +78,16 @@ def joined(replies: list[Reply]) -> Reply:
 def named(reply: Reply, hostname: str) -> Reply:
     """The same reply with our host name in front of its text, as 220, 221 and 421 have it (RFC 5321 4.2.3)."""
     return Reply(reply.code, reply.enhanced, f"{hostname} {reply.text}", reply.then)
+
+
+# Of what a message or an address is refused with for good; 450 and 451 say the same of now (RFC 5321 4.2.3).
+_SOFT = {550: 450, 551: 451, 552: 452, 553: 450, 554: 451}
+
+
+def softened(reply: Reply) -> Reply:
+    """A refusal for good as one for now: the sender keeps the message. Other replies stay as they are."""
+    code = _SOFT.get(reply.code, 0)
+    return Reply(code, f"4{reply.enhanced[1:]}", reply.text, reply.then) if code else reply
 
 
 # The connection is closed without a word: the peer speaks another protocol, or must not learn what it cannot know.
@@ -90,6 +105,9 @@ R250_OK = Reply(250, "2.0.0", "OK")
 R250_SENDER_OK = Reply(250, "2.1.0", "Sender OK")
 R250_RECIPIENT_OK = Reply(250, "2.1.5", "Recipient OK")
 R250_CHUNK_OK = Reply(250, "2.0.0", "Chunk received")
+R250_QUEUE_RUN = Reply(250, "2.0.0", "Queue run started")
+R250_TURNING = Reply(250, "2.0.0", "Now you are the server: greet me")
+R251_NOTHING_WAITS = Reply(251, "2.0.0", "No mail waits")
 R252_CANNOT_VRFY = Reply(252, "2.5.0", "Cannot VRFY, but will take the mail and try to deliver it")
 R252_CANNOT_EXPN = Reply(252, "2.5.0", "Cannot EXPN")
 R354_GO_AHEAD = Reply(354, "", "End data with <CRLF>.<CRLF>", Then.DATA)
@@ -103,11 +121,18 @@ R421_SESSION_TOO_OLD = Reply(421, "4.4.2", "Session too old, connect again", The
 R421_NOT_TAKING_MAIL = Reply(421, "4.3.0", "The mail store does not work, try again later", Then.CLOSE)
 R421_BUG = Reply(421, "4.3.0", "Internal error, try again later", Then.CLOSE)
 
+R450_ATRN_REFUSED = Reply(450, "4.7.1", "These domains cannot all be fetched by you")
+R450_FETCHED_NOW = Reply(450, "4.5.0", "The mail of these domains is being fetched already")
+R451_CANNOT_TURN = Reply(451, "4.3.0", "The mail cannot be fetched now, try again later")
 R451_LOCAL_ERROR = Reply(451, "4.3.0", "The message could not be kept, try again later")
 R451_CHECK_FAILED = Reply(451, "4.3.0", "A check failed, try again later")
 R452_NO_ROOM = Reply(452, "4.3.1", "No room for mail now, try again later")
 R452_TOO_MANY_RECIPIENTS = Reply(452, "4.5.3", "Too many recipients, send the rest in another transaction")
+R453_NO_MAIL = Reply(453, "4.0.0", "You have no mail")
 R454_NO_TLS = Reply(454, "4.7.0", "TLS is not available")
+
+R458_NO_QUEUE_RUN = Reply(458, "4.3.0", "The queue cannot be run now, try again later")
+R459_NODE_REFUSED = Reply(459, "4.7.1", "Its queue is not yours to run")
 
 R500_SYNTAX = Reply(500, "5.5.2", "Command not recognized")
 R500_LINE_TOO_LONG = Reply(500, "5.5.2", "Command line too long")
@@ -121,6 +146,8 @@ R501_BAD_SENDER = Reply(501, "5.1.7", "Bad sender address syntax")
 R501_BAD_RECIPIENT = Reply(501, "5.1.3", "Bad recipient address syntax")
 R501_BAD_PARAMETER = Reply(501, "5.5.4", "Bad, repeated or over-long parameter value")
 R501_BAD_BDAT = Reply(501, "5.5.4", "BDAT takes a size and an optional LAST, closing", Then.CLOSE)
+R501_BAD_NODE = Reply(501, "5.5.4", "ETRN takes a domain, @domain or #queue")
+R501_BAD_DOMAINS = Reply(501, "5.5.4", "ATRN takes domains, with commas between them")
 R502_NOT_IMPLEMENTED = Reply(502, "5.5.1", "Command not implemented")
 R503_HELO_FIRST = Reply(503, "5.5.1", "Say EHLO or HELO first")
 R503_NESTED_MAIL = Reply(503, "5.5.1", "A transaction is under way")
@@ -134,14 +161,17 @@ R503_REFUSED = Reply(503, "5.5.1", "You were refused, only QUIT is left")
 R530_AUTH_NEEDED = Reply(530, "5.7.0", "Authentication required")
 R550_UNKNOWN_MAILBOX = Reply(550, "5.1.1", "No such mailbox here")
 R550_RELAYING_DENIED = Reply(550, "5.7.1", "Relaying denied")
+R550_HOP_NEEDS_ASCII = Reply(550, "5.6.7", "The mailbox's server takes no non-ASCII addresses or headers")
 R550_BARE_LINE_END = Reply(550, "5.5.2", "Message holds a bare CR or LF; lines must end in CRLF")
 R550_LINE_TOO_LONG = Reply(550, "5.6.0", "Message holds a line that is too long")
 R552_TOO_BIG = Reply(552, "5.3.4", "Message is over the size limit")
 R552_TOO_BIG_CLOSING = Reply(552, "5.3.4", "Message is far over the size limit, closing", Then.CLOSE)
+R552_HOP_TOO_BIG = Reply(552, "5.3.4", "Message is larger than the mailbox's server takes")
 R552_HEADER_TOO_BIG = Reply(552, "5.3.4", "Message header is too big")
 R553_NEEDS_SMTPUTF8 = Reply(553, "5.6.7", "A non-ASCII address needs SMTPUTF8")
 R554_NO_VALID_RECIPIENTS = Reply(554, "5.5.1", "No valid recipients")
 R554_EARLY_TALKER = Reply(554, "5.5.0", "You spoke before you were answered, closing", Then.CLOSE)
+R554_HOP_NEEDS_7BIT = Reply(554, "5.6.3", "Message has 8-bit content, which the mailbox's server does not take")
 R554_LOOP = Reply(554, "5.4.6", "Mail loop: the message has been here or passed too many hosts")
 R555_UNKNOWN_PARAMETER = Reply(555, "5.5.4", "Parameter not recognized")
 
@@ -150,6 +180,7 @@ _REASONS = {
     for name, value in globals().items()
     if name[:2] in ("R2", "R3", "R4", "R5")
 }
+_REASONS |= {(_SOFT[code], text): name for (code, text), name in _REASONS.items() if code in _SOFT}
 
 
 def reason(reply: Reply) -> str:

@@ -5,21 +5,22 @@ order of its due times. Both scans only move on, so that a thousand held jobs ar
 a job that is given back puts them back. A key that is held, or was while the claim ran, is never claimed: what
 the reader saw of it may be older than its marks. The statements run in the file thread, each under 100 ms.
 Not here: the marks and their commit. Errors of the reader end a claim early and are logged; nothing is skipped by
-them. A message that cannot be read back is given to `set_aside`.
+them. A message that cannot be read back is given to `set_aside`. What is on hold is not found.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from asyncio import Event
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
 import apsw
 
-from .job import Job
+from .job import HELD, Job
+from .reader import Reader, parse_messages
 from .record import Loaded, parse_job
-from .store import Reader, parse_messages
 from .thread import OneThread
 
 SCAN = 1024  # recipients in one statement, and parsed on the loop at once: 1 ms
@@ -55,6 +56,11 @@ class Scan:
         self._claiming = False
         self._gone: set[int] = set()  # let go since the claim began
         self._returned: list[Job] = []  # put back since then
+        self._changed: set[int] = set()  # held, and their rows are no longer what they were when they were read
+        self._overtaken: set[int] = set()  # rows changed since the claim began
+        self._skipped: list[int] = []  # found by the claim, and overtaken
+        self._woken = False  # something was made due since then
+        self._ended = Event()  # of the claim
 
     def next_due(self) -> float | None:
         """When a claim may find something (0.0: now); None: not before something is released or deferred."""
@@ -65,11 +71,14 @@ class Scan:
         """A job leaves memory: its marks are durable. The octets it held."""
         if self._claiming:
             self._gone.add(key)
+        self._changed.discard(key)
         job = self.held.pop(key, None)
         return job.held if job is not None else 0
 
     def put_back(self, job: Job) -> None:
-        """What is pending of a job that was let go is to be found again."""
+        """What is pending of a job that is about to be let go is to be found again."""
+        if job.key in self._changed:
+            self.wake(())
         if self._claiming:  # this claim passes it over, and goes on behind it
             self._returned.append(job)
             return
@@ -78,16 +87,74 @@ class Scan:
             due = None if mark is None else mark.due
             if due is None:
                 self._new = min(self._new, (job.key, -1))
-            else:
+            elif due != HELD:
                 self._due = min(self._due, (int(due * 1000), -1, -1))
                 self._next = due if self._next is None else min(self._next, due)
+
+    def overtake(self, keys: Iterable[int]) -> None:
+        """Recipients of these messages were put on hold, or made due; that is durable. A claim that runs may have
+        read them before: it passes them over, and they are looked for again."""
+        if self._claiming:
+            self._overtaken.update(keys)
+
+    def wake(self, keys: Iterable[int]) -> None:
+        """Recipients of these messages were made due; that is durable. Jobs in memory do not know it: what is to be
+        tried of them is found when they are put back."""
+        self._changed.update(self.held.keys() & keys)
+        self._woken = True
+        if not self._claiming:
+            self._look_again()
+
+    def _look_again(self) -> None:
+        """From the start of what is due; what is held there is passed over."""
+        self._woken = False
+        self._due = _DUE_START
+        self._next = 0.0
+
+    async def take(self, keys: Sequence[int]) -> list[Job]:
+        """The jobs of these messages, those in memory excepted; now held. Raises apsw.Error."""
+        while self._claiming:
+            await self._ended.wait()
+        self._begin_claim()
+        jobs: list[Job] = []
+        left = list(keys)
+        try:
+            while left:
+                jobs += await self._load([key for key in left if key not in self.held])
+                # Given back, or changed, while they were read: read once more.
+                left = [key for key in left if key in self._gone or key in self._overtaken]
+                self._gone.clear()
+                self._overtaken.clear()
+                self._skipped.clear()
+        finally:
+            self._end_claim()
+        return jobs
+
+    def _begin_claim(self) -> None:
+        self._claiming = True
+        self._ended.clear()
+
+    def _end_claim(self) -> None:
+        self._claiming = False
+        self._gone.clear()
+        returned, self._returned = self._returned, []
+        for job in returned:
+            self.put_back(job)
+        self._overtaken.clear()
+        if self._skipped:
+            self._new = min(self._new, (min(self._skipped), -1))
+            self._skipped.clear()
+            self._woken = True
+        if self._woken:
+            self._look_again()
+        self._ended.set()
 
     async def claim(self, now: float, n: int) -> list[Job]:
         """Up to about `n` jobs; one claim at a time, a second gets nothing."""
         jobs: list[Job] = []
         if self._claiming:
             return jobs
-        self._claiming = True
+        self._begin_claim()
         try:
             while len(jobs) < n and self._new != _NEW_END:
                 jobs += await self._claim_new(n - len(jobs))
@@ -101,11 +168,7 @@ class Scan:
             self._warn("claim", str(error))
             self._not_before = now + RETRY_SECONDS
         finally:
-            self._claiming = False
-            self._gone.clear()
-            returned, self._returned = self._returned, []
-            for job in returned:
-                self.put_back(job)
+            self._end_claim()
         return jobs
 
     async def _claim_new(self, n: int) -> list[Job]:
@@ -163,7 +226,9 @@ class Scan:
             except ValueError as error:
                 self._set_aside(key, f"its record cannot be read: {error}")
                 continue
-            if job.pending and key not in self._gone:
+            if key in self._overtaken:
+                self._skipped.append(key)
+            elif job.pending and key not in self._gone:
                 self.held[key] = job
                 jobs.append(job)
         return jobs

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import socket
 import ssl
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ._shared import Shared
 
@@ -22,7 +23,8 @@ class Seat:
 
     `sockets`: the listening sockets, each with its listener's index in `config.listener`. `contexts`: the TLS
     context of each listener that has one, by the same index. `alive`: reading end of a pipe; at EOF the
-    supervisor is gone. `ready`: writing end of a pipe; the worker writes one byte once it accepts.
+    supervisor is gone. `ready`: writing end of a pipe; the worker writes one byte once it accepts. `passwords`: those
+    of transports, by name. `asks`: where the runner of commands is asked; None where no transport has one.
     """
 
     index: int
@@ -32,3 +34,5 @@ class Seat:
     shared: Shared
     alive: int
     ready: int
+    passwords: Mapping[str, str] = field(default_factory=dict, repr=False)
+    asks: socket.socket | None = None

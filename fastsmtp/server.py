@@ -1,11 +1,11 @@
-"""One worker: the only place that wires objects together, and the order in which they start and end.
+"""One worker: where objects are wired together, and the order in which they start and end.
 
 In: a configuration and a seat (listening sockets, TLS contexts, shared counters) that the supervisor made before the
 fork. Out: an exit code. Start: log, spools (a left-over spool of a worker that is no more is adopted and drained),
 transports, queues, listeners; then the garbage collector is told that all of it stays. End, at SIGTERM or when the
 supervisor is gone: listeners close, idle sessions hear 421, what is under way is finished within a limit, then queue
-and spool close. Descriptors are counted: below a reserve the listeners close and clients wait in the kernel.
-Not here: processes and privileges (supervisor), what a session does.
+and spool close.
+Not here: processes and privileges (supervisor), transports and routes (outgoing), what a session does.
 """
 
 from __future__ import annotations
@@ -26,28 +26,33 @@ from ssl import SSLError
 
 import uvloop
 
+from . import local_socket
 from . import log as logs
-from .address import parse_address
-from .config import Config, Discard, Listener, Maildir
-from .connection import Connection
-from .delivery import Transport
-from .delivery import discard as discard_transport
+from .address import NULL, Address, parse_address
+from .colleagues import Colleagues
+from .config import Config, Listener, Maildir, Unix
+from .control import Control, Desk, Place
+from .customers import Customers, Fetch, QueueRun
 from .delivery import maildir as maildir_transport
-from .domains import Domain, Domains
+from .doors import Door, Guard
+from .dsn import Reporter
 from .log import Log
 from .memory_spool import MemorySpool
 from .metrics import Counter
-from .policy import Policy
+from .outgoing import Ways
+from .policy import Check, Policy
 from .policy.recipients import Recipients
-from .queue import Backoff, Queue
+from .policy.relay import Relay, Trust
+from .queue import Queue
 from .reply import R421_NOT_TAKING_MAIL, R452_NO_ROOM, Reply
-from .seat import BACKLOG, EXIT_CANNOT_START, Seat
+from .reporting import Reports
+from .schedule import Schedule
+from .seat import EXIT_CANNOT_START, Seat
 from .service import Service, Times
 from .session import Terms
 from .spool import Spool, SpoolError
 
 LOG_SECONDS = 0.05  # 2 µs a line, on the loop: more at once would be felt by sessions
-RESERVE = 64  # descriptors kept for mailboxes, bodies and whatever libraries open; a quarter where there are few
 IDLE_TICKS = 5  # seconds without a message after which garbage is collected
 
 
@@ -85,10 +90,13 @@ class Worker:
         self._now = clock()
         self._spools: list[Spool | MemorySpool] = []  # the first is this worker's own
         self._queues: list[Queue] = []
-        self._transports: dict[str, Transport] = {}
+        self._ways: Ways
         self._services: list[Service] = []
         self._doors: list[Door] = []
         self._guard: Guard
+        self._control: Control
+        self._customers: Customers
+        self._colleagues: Colleagues
         self._stop = asyncio.Event()
         self._accepted = 0  # messages, at the last tick
         self._idle = 0
@@ -102,6 +110,7 @@ class Worker:
         self._loop.add_reader(self._seat.alive, self._on_orphaned)
         try:
             self._open()
+            await self._control.open()
         except (SpoolError, OSError) as error:
             self._log.write(logs.CANNOT_START, str(error))
             self._log.close()
@@ -125,43 +134,44 @@ class Worker:
 
     def _open(self) -> None:
         config, seat = self._config, self._seat
-        for name, section in config.transport.items():
-            self._transports[name] = self._open_transport(section)
-        domains = self._make_domains()
-        self._add_spool(self._open_spool(seat.index), domains)
+        self._ways = Ways(config, seat, self._log, identity(config.data_dir))
+        self._add_spool(self._open_spool(seat.index))
         for left_over in self._left_over_spools():
-            self._add_spool(self._open_spool(left_over), domains)
+            self._add_spool(self._open_spool(left_over))
             for section in config.transport.values():
                 if isinstance(section, Maildir):
                     folder = maildir_transport.temporary_folder(section.path, identity(config.data_dir))
                     maildir_transport.remove_leftovers(folder, left_over)
         self._guard = Guard(self._loop, self._doors, self._log)
+        trust = Trust(config.relay.networks)
+        self._customers = Customers(config.customer)
+        self._colleagues = Colleagues(config.data_dir, seat.workers)
         for number, listener in enumerate(config.listener):
-            service = self._make_service(number, listener, domains)
+            # What comes by LMTP is for mailboxes of ours, whoever hands it over (RFC 2033 1).
+            relays = bool(config.relay.networks) and listener.role not in ("lmtp", "odmr")
+            service = self._make_service(number, listener, trust if relays else None)
             self._services.append(service)
             for owner, listening in seat.sockets:
                 if owner == number:
                     implicit = listener.tls == "implicit"
                     self._doors.append(Door(service, listening, implicit, self._guard))
+        self._open_control()
 
-    def _open_transport(self, section: Maildir | Discard) -> Transport:
-        if isinstance(section, Discard):
-            return discard_transport.Discard()
-        config = self._config
-        return maildir_transport.Maildir(
-            section.path, self._seat.index, config.hostname, identity(config.data_dir), section.sync
-        )
-
-    def _make_domains(self) -> Domains:
-        config = self._config
-        return Domains(
-            (
-                Domain(row.name, row.transport, None if row.recipients == "any" else row.recipients, row.case_sensitive)
-                for row in config.domain
-            ),
-            config.hostname,
-            parse_address(config.postmaster) if config.postmaster else None,
-        )
+    def _open_control(self) -> None:
+        """Where commands of this machine are heard: the operator's, and those that send mail."""
+        config, seat = self._config, self._seat
+        places: list[Place] = [
+            (spool.administration, queue.wake)
+            for spool, queue in zip(self._spools, self._queues, strict=True)
+            if isinstance(spool, Spool)
+        ]
+        desk = Desk(places, seat.workers, self._now, self._log)
+        self._control = Control(config.data_dir, seat.index, seat.workers, desk, self._log)
+        where = Unix(config.data_dir / local_socket.SUBMIT / str(seat.index))
+        local = Listener(address=(where,), early_talker="allow", bare="normalize")
+        service = self._make_service(-1, local, lambda _: True)
+        self._services.append(service)
+        self._doors.append(Door(service, self._control.submission(), False, self._guard))
 
     def _open_spool(self, number: int) -> Spool | MemorySpool:
         config = self._config
@@ -187,27 +197,63 @@ class Worker:
         found = [int(entry.name) for entry in (self._config.data_dir / "spool").iterdir() if entry.name.isdecimal()]
         return [number for number in sorted(found) if number >= workers and number % workers == self._seat.index]
 
-    def _add_spool(self, spool: Spool | MemorySpool, domains: Domains) -> None:
+    def _add_spool(self, spool: Spool | MemorySpool) -> None:
         self._spools.append(spool)
         config = self._config.queue
         self._queues.append(
             Queue(
                 spool,
-                self._transports,
-                domains.route,
+                self._ways.transports,
+                self._ways.route,
                 log=self._log,
                 count=self._count,
                 now=self._now,
-                backoff=Backoff(config.retry, config.retry_max),
+                schedule=Schedule(
+                    config.retry,
+                    config.retry_max,
+                    config.lifetime,
+                    config.report_lifetime,
+                    config.delay_report,
+                    config.soft_bounce,
+                ),
+                reports=self._make_reports(),
+                shared=self._seat.shared,
+                worker=self._seat.index,
+                total=config.concurrency_total,
             )
         )
 
-    def _make_service(self, number: int, listener: Listener, domains: Domains) -> Service:
+    def _make_reports(self) -> Reports:
+        """All reports are kept in the worker's own spool, whichever spool they are about."""
+        config = self._config
+        postmaster = NULL
+        if config.queue.report_postmaster:
+            postmaster = parse_address(config.postmaster) if config.postmaster else Address("postmaster", "")
+        return Reports(
+            self._spools[0],
+            Reporter(config.hostname),
+            log=self._log,
+            count=self._count,
+            now=self._now,
+            postmaster=postmaster,
+        )
+
+    def _make_service(self, number: int, listener: Listener, trusts: Callable[[str], bool] | None) -> Service:
+        """`trusts`: who may send to any domain, by address; None: nobody."""
         config, seat = self._config, self._seat
         limits, timeouts = config.limits, config.timeouts
         keeper = self._spools[0]
         context = seat.contexts.get(number)
-        policy = Policy([Recipients(domains)], self._log)
+        ways = self._ways
+        checks: list[Check] = [Recipients(ways.domains)]
+        if trusts is not None:
+            checks.insert(0, Relay(ways.domains, ways.route))
+        fetches = bool(config.customer) and listener.role != "lmtp" and number >= 0
+        if fetches:
+            checks.append(QueueRun(self._customers, self._colleagues, self._log))
+        if fetches and listener.role == "odmr":
+            checks.append(self._make_fetch())
+        policy = Policy(checks, self._log)
         terms = Terms(
             config.hostname,
             listener.role,
@@ -215,7 +261,10 @@ class Worker:
             room=self._make_room(keeper),
             now=self._now,
             asks=policy.stages,
-            any_octets=all(self._transports[row.transport].any_octets for row in config.domain),
+            any_octets=ways.any_octets,
+            reports="all" if listener.dsn else "trusted",
+            keeps_tls=ways.keeps_tls,
+            soft=config.queue.soft_bounce,
             tls=listener.tls == "starttls" and context is not None,
             brackets=listener.brackets,
             bare_data=listener.bare != "reject",
@@ -249,11 +298,25 @@ class Worker:
             early_refused=listener.early_talker == "refuse",
             session_limit=limits.sessions,
             withheld=_withheld(listener),
+            trusts=trusts,
+            fetches=self._customers.fetches if fetches else None,
             command_line=limits.command_line,
             auth_line=limits.auth_line,
             text_line=limits.text_line,
             header=limits.header,
             bare=listener.bare,
+        )
+
+    def _make_fetch(self) -> Fetch:
+        config = self._config
+        return Fetch(
+            self._customers,
+            self._colleagues,
+            config.data_dir,
+            config.hostname,
+            waits=self._ways.waits,
+            log=self._log,
+            ending=self._stop.is_set,
         )
 
     def _make_room(self, keeper: Spool | MemorySpool) -> Callable[[int], Reply | None]:
@@ -316,6 +379,7 @@ class Worker:
         self._stop.set()
 
     async def _end(self) -> None:
+        await self._control.close()
         for door in self._doors:
             door.close_for_good()
         for service in self._services:
@@ -330,8 +394,9 @@ class Worker:
             for connection in service.connections():
                 connection.abort("shutdown")
         await self._within(deadline, queues)
-        for transport in self._transports.values():
+        for transport in self._ways.transports.values():
             await self._within(deadline, transport.close())
+        await self._within(deadline, self._ways.close())
         for spool in self._spools:
             await spool.close()
         self._log.close()
@@ -346,124 +411,6 @@ class Worker:
             await asyncio.wait_for(work, max(1.0, deadline - time.monotonic()))
         except TimeoutError:
             pass
-
-
-class Door:
-    """A listening socket, and the server that accepts from it while it is open.
-
-    The socket itself stays open over a pause: clients wait in its queue.
-    """
-
-    def __init__(self, service: Service, listening: socket.socket, implicit_tls: bool, guard: Guard) -> None:
-        self._service = service
-        self._socket = listening
-        self._implicit_tls = implicit_tls
-        self._guard = guard
-        self._server: asyncio.AbstractServer | None = None
-        self._over = False
-        self.is_open = False
-
-    async def open(self) -> None:
-        if self._over:
-            return
-        service = self._service
-        guard = self._guard
-        self.is_open = True
-        listening = self._socket.dup()
-        context = service.context if self._implicit_tls else None
-        timeout = service.times.tls if context else None
-
-        def accept() -> Connection:
-            guard.admit()
-            return Connection(service)
-
-        if listening.family == socket.AF_UNIX:
-            server: asyncio.AbstractServer = await service.loop.create_unix_server(
-                accept, sock=listening, backlog=BACKLOG, ssl=context, ssl_handshake_timeout=timeout
-            )
-        else:
-            server = await service.loop.create_server(
-                accept, sock=listening, backlog=BACKLOG, ssl=context, ssl_handshake_timeout=timeout
-            )
-        if self.is_open:
-            self._server = server
-        else:
-            server.close()
-
-    def reopen(self) -> None:
-        self._service.run(self.open())
-
-    def close(self) -> None:
-        self.is_open = False
-        if self._server is not None:
-            self._server.close()
-            self._server = None
-
-    def close_for_good(self) -> None:
-        self._over = True
-        self.close()
-        self._socket.close()
-
-
-class Guard:
-    """Closes the doors before descriptors run out, and opens them when enough are free again.
-
-    At the limit libuv would accept clients and drop them unheard. It accepts one client in a round of the loop, so a
-    door that is closed at the end of the round is closed in time.
-    """
-
-    def __init__(self, loop: asyncio.AbstractEventLoop, doors: list[Door], log: Log) -> None:
-        self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-        reserve = min(RESERVE, self._limit // 4)
-        self._close_at = self._limit - reserve
-        self._open_at = self._close_at - reserve // 2
-        self._loop = loop
-        self._doors = doors
-        self._log = log
-        self._closing = False
-        self._since = 0.0  # when the pause began; 0: there is none
-
-    def admit(self) -> None:
-        """Called for each client accepted; takes 1 µs."""
-        if not self._closing and self._lowest_free() >= self._close_at:
-            self._closing = True
-            self._loop.call_soon(self._close)
-
-    def tick(self) -> None:
-        """Called once a second."""
-        if not self._since:
-            return
-        if all(door.is_open for door in self._doors):
-            self._log.write(logs.ACCEPT_RESUMED, time.monotonic() - self._since)
-            self._since = 0.0
-        elif self._in_use() < self._open_at:
-            for door in self._doors:
-                if not door.is_open:
-                    door.reopen()
-
-    def _close(self) -> None:
-        self._closing = False
-        for door in self._doors:
-            door.close()
-        if not self._since:
-            self._since = time.monotonic()
-            self._log.write(logs.ACCEPT_PAUSED, f"{self._close_at} of {self._limit} descriptors are in use")
-
-    def _lowest_free(self) -> int:
-        """The kernel gives out the lowest free number: all below it are in use. Others may be, above a hole."""
-        try:
-            number = os.dup(0)
-        except OSError:
-            return self._limit
-        os.close(number)
-        return number
-
-    def _in_use(self) -> int:
-        """Exact, and as slow as they are many (1 ms for 1,000)."""
-        try:
-            return len(os.listdir("/proc/self/fd"))
-        except OSError:
-            return self._limit
 
 
 def _withheld(listener: Listener) -> Callable[[str], frozenset[str]] | None:

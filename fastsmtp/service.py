@@ -66,9 +66,9 @@ class Service:
     """
 
     __slots__ = (
-        "context", "draining", "early_refused", "keeper", "leaving", "log", "loop", "make_parser", "name",
-        "outbox", "policy", "rounds", "session_limit", "shared", "tasks", "terms", "times", "turn", "withheld",
-        "worker",
+        "context", "draining", "early_refused", "fetches", "keeper", "leaving", "log", "loop", "make_parser", "name",
+        "outbox", "policy", "rounds", "session_limit", "shared", "tasks", "terms", "times", "trusts", "turn",
+        "withheld", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -87,6 +87,8 @@ class Service:
         early_refused: bool = True,
         session_limit: int = 10_000,
         withheld: Callable[[str], frozenset[str]] | None = None,
+        trusts: Callable[[str], bool] | None = None,
+        fetches: Callable[[str], bool] | None = None,
         command_line: int = 2048,
         auth_line: int = 12288,
         text_line: int = 1 << 20,
@@ -106,6 +108,8 @@ class Service:
         self.early_refused = early_refused
         self.session_limit = session_limit
         self.withheld = withheld
+        self.trusts = trusts
+        self.fetches = fetches
         self.make_parser: Callable[[], Parser] = partial(
             Parser,
             BARRIERS,

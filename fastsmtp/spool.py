@@ -7,7 +7,7 @@ message is never delivered, in part or whole, and never deleted. One object has 
     spool.db (-wal, -shm)   the database        body/ID   bodies that are too large for it
     lock                    held while open     ballast   given up when the disk is full
 Not here: the commit and what its failure means (commit.py), SQL (store.py), body files (bodies.py), what is claimed
-next (scan.py), how much may be taken (room.py).
+next (scan.py), how much may be taken (room.py), what an operator asks and orders (administration.py).
 """
 
 from __future__ import annotations
@@ -24,16 +24,18 @@ from zlib import crc32
 import apsw
 
 from ._files import make_dirs
+from .administration import Administration
 from .bodies import Bodies, FileDraft, check_length, read_crc, remove_orphans
 from .commit import Entry, GroupCommit, refusal
 from .ids import Ids, is_id, key_of
 from .job import Draft, Job, Mark
 from .log import SET_ASIDE, SPOOL_OPENED, Log
 from .message import Message
+from .reader import Reader
 from .record import render_row
 from .room import Room
 from .scan import RETRY_SECONDS, Scan
-from .store import Reader, SpoolError, SpoolLockedError, Store
+from .store import SpoolError, SpoolLockedError, Store
 from .thread import OneThread
 from .trouble import Trouble
 from .verdict import Refused, Stored
@@ -77,6 +79,7 @@ class Spool:
         self._sealing = 0  # messages whose files are being flushed
         self._sealed_all: Future[None] | None = None
         # Made by `open`, after the fork
+        self.administration: Administration
         self._writer: OneThread
         self._files: OneThread
         self._bodies: Bodies
@@ -118,6 +121,7 @@ class Spool:
             self._loop, self._store, self._reader, self._writer, self._files, self._room, self._scan,
             self._trouble, lambda jobs: self.on_stored(jobs), backlog, broken,
         )  # fmt: skip
+        self.administration = Administration(self._reader, self._files, self._scan, self._commit, bodies, self._room)
         self._log.write(SPOOL_OPENED, str(self._directory), backlog)
 
     async def close(self) -> None:
@@ -274,6 +278,8 @@ class Spool:
             job = held.get(mark.key)
             if job is not None:
                 self._commit.finish(job, mark)
+                if self.administration.doomed and not job.pending:
+                    self.administration.doomed.pop(job.key, None)
 
     async def claim(self, now: float, n: int) -> list[Job]:
         """Jobs that are due, and mail that was never tried and is not in memory: up to `n`, or some more."""
@@ -339,6 +345,8 @@ class Spool:
 
     def release(self, job: Job) -> None:
         """Gives a job back; once its marks are durable, what is pending of it can be claimed."""
+        if self.administration.doomed:
+            self.administration.delete_rest(job)
         self._commit.release(job)
 
     def _release_idle(self, job: Job) -> None:

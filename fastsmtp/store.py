@@ -1,8 +1,8 @@
-"""The spool's database: every SQL statement of fastsmtp, and what keeps SQLite's promises true.
+"""The spool's database: its tables, the statements that write, and what keeps SQLite's promises true.
 
 A `Store` is the writing connection. `write` puts a batch into a transaction, `commit` makes it durable; both may
-be called from different threads, never at the same time. A `Reader` is the second, read-only connection. WAL,
-synchronous=FULL, checkpoints only when asked. No other code of the process opens these files.
+be called from different threads, never at the same time. WAL, synchronous=FULL, checkpoints only when asked. Only
+reader.py opens these files too. A database of an older format is brought to today's when it is opened.
 
 After an error of `write` or `commit` the batch is undecided: its rows may be back after the next start. `recover`
 ends that. Pages that a failed flush left behind pass for clean in the kernel, so whatever is appended to such a log
@@ -13,17 +13,15 @@ each start too. Errors are apsw's and OSError; `open` raises SpoolError with one
 from __future__ import annotations
 
 import errno
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import cast
 
 import apsw
 
-from .record import Loaded, Row
+from .record import Row
 
-FORMAT = 1
+FORMAT = 2
 APPLICATION_ID = 0x66736D71  # "fsmq"
 OLDEST_SQLITE = (3, 51, 3)  # before it, two connections could corrupt the log by checkpointing at one instant
 ROWS = 1000  # of a bulk change, in one transaction
@@ -46,8 +44,12 @@ _PRAGMAS = f"""
     PRAGMA cache_size = -8192;
 """
 
+# What is on hold is not found in it.
+_DUE_INDEX = "CREATE INDEX recipient_due ON recipient (due) WHERE due IS NOT NULL AND held = 0"
+
 # `body` stands last: the columns before it are read without its overflow pages. Due times are milliseconds, and
 # NULL for new mail: inserts at a million rows drop to a fifth when each has its place in the index of due times.
+# `arrived`, in seconds, is the message's: the age of a million recipients is told without reading their messages.
 _SCHEMA = f"""
     CREATE TABLE message (
         key INTEGER PRIMARY KEY, id TEXT NOT NULL, arrived REAL NOT NULL, envelope BLOB NOT NULL,
@@ -57,9 +59,10 @@ _SCHEMA = f"""
     CREATE INDEX message_in_file ON message (id, size) WHERE body IS NULL;
     CREATE TABLE recipient (
         message INTEGER NOT NULL, n INTEGER NOT NULL, domain TEXT NOT NULL, due INTEGER,
-        attempts INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT '', PRIMARY KEY (message, n)
+        attempts INTEGER NOT NULL DEFAULT 0, reason TEXT NOT NULL DEFAULT '', arrived INTEGER NOT NULL DEFAULT 0,
+        reported INTEGER NOT NULL DEFAULT 0, held INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (message, n)
     ) WITHOUT ROWID;
-    CREATE INDEX recipient_due ON recipient (due) WHERE due IS NOT NULL;
+    {_DUE_INDEX};
     CREATE TABLE broken (
         message INTEGER PRIMARY KEY, why TEXT NOT NULL, since REAL NOT NULL, pending TEXT NOT NULL
     );
@@ -67,13 +70,29 @@ _SCHEMA = f"""
     PRAGMA user_version = {FORMAT};
 """
 
+# From the format that is the key to the next one; each in one transaction.
+_MIGRATIONS = {
+    1: f"""
+        ALTER TABLE recipient ADD COLUMN arrived INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE recipient ADD COLUMN reported INTEGER NOT NULL DEFAULT 0;
+        ALTER TABLE recipient ADD COLUMN held INTEGER NOT NULL DEFAULT 0;
+        UPDATE recipient SET arrived = coalesce((SELECT CAST(arrived AS INTEGER) FROM message WHERE key = message), 0);
+        DROP INDEX recipient_due;
+        {_DUE_INDEX};
+        PRAGMA user_version = 2;
+    """
+}
+
 _INSERT_MESSAGE = "INSERT INTO message VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
-_INSERT_RECIPIENT = "INSERT INTO recipient (message, n, domain) VALUES (?, ?, ?)"
+_INSERT_RECIPIENT = "INSERT INTO recipient (message, n, domain, arrived) VALUES (?, ?, ?, ?)"
 # Ranges of consecutive keys: 1.9 µs of CPU a message in batches of 64, one by one 3.1, IN carray() 4.8.
 _DELETE_RECIPIENTS = "DELETE FROM recipient WHERE message BETWEEN ? AND ?"
 _DELETE_MESSAGES = "DELETE FROM message WHERE key BETWEEN ? AND ?"
 _DELETE_RECIPIENT = "DELETE FROM recipient WHERE message = ? AND n = ?"
-_UPDATE_RECIPIENT = "UPDATE recipient SET due = ?, attempts = ?, reason = ? WHERE message = ? AND n = ?"
+_UPDATE_RECIPIENT = "UPDATE recipient SET due = ?, attempts = ?, reason = ?, reported = ? WHERE message = ? AND n = ?"
+_HOLD_RECIPIENT = "UPDATE recipient SET held = 1 WHERE message = ? AND n = ?"
+_WAKE_RECIPIENT = "UPDATE recipient SET held = 0, due = ? WHERE message = ? AND n = ?"
+_DELETE_BROKEN = "DELETE FROM broken WHERE message BETWEEN ? AND ?"
 # OR IGNORE: tried again after an undecided batch, it must not note that nobody is pending.
 _INSERT_BROKEN = """
     INSERT OR IGNORE INTO broken
@@ -81,28 +100,7 @@ _INSERT_BROKEN = """
 """
 _CLAMP_DUE = f"""
     UPDATE recipient SET due = ?1 WHERE (message, n) IN
-    (SELECT message, n FROM recipient WHERE due > ?1 + {LATEST_DUE * 1000} LIMIT {ROWS})
-"""
-
-# Answers are one row of JSON: a row at a time takes the GIL for each, and waits 0.5 ms for it under load.
-_SELECT_NEW = """
-    SELECT json_group_array(json_array(message, n, due IS NULL)) FROM
-    (SELECT message, n, due FROM recipient WHERE (message, n) > (?, ?) ORDER BY message, n LIMIT ?)
-"""
-_SELECT_DUE = """
-    SELECT json_group_array(json_array(due, message, n)) FROM
-    (SELECT due, message, n FROM recipient WHERE (due, message, n) > (?, ?, ?) AND due <= ?
-     ORDER BY due, message, n LIMIT ?)
-"""
-_SELECT_NEXT_DUE = """
-    SELECT due FROM recipient WHERE (due, message, n) > (?, ?, ?) AND due IS NOT NULL
-    ORDER BY due, message, n LIMIT 1
-"""
-_SELECT_MESSAGES = """
-    SELECT json_group_array(json_array(
-        key, id, arrived, hex(envelope), hex(prefix), cuts, content, header_end, size, body IS NULL,
-        json((SELECT json_group_array(json_array(n, due, attempts, reason)) FROM recipient WHERE message = key))
-    )) FROM message WHERE key IN (SELECT value FROM json_each(?))
+    (SELECT message, n FROM recipient WHERE due > ?1 + {LATEST_DUE * 1000} AND held = 0 LIMIT {ROWS})
 """
 
 
@@ -117,18 +115,22 @@ class SpoolLockedError(SpoolError):
 class Batch:
     """What one transaction changes."""
 
-    __slots__ = ("aside", "done", "later", "messages", "partly", "recipients")
+    __slots__ = ("aside", "done", "erased", "hold", "later", "messages", "partly", "recipients", "wake")
 
     def __init__(self) -> None:
         self.messages: list[Row] = []
-        self.recipients: list[tuple[int, int, str]] = []  # key, number, domain
+        self.recipients: list[tuple[int, int, str, int]] = []  # key, number, domain, arrived
         self.done: list[int] = []  # keys
         self.partly: list[tuple[int, int]] = []  # key, number
-        self.later: list[tuple[int, int, str, int, int]] = []  # due (ms), attempts, reason, key, number
+        self.later: list[tuple[int, int, str, bool, int, int]] = []  # due (ms), attempts, reason, reported, key, number
         self.aside: list[tuple[int, str, float]] = []  # key, why, since
+        self.hold: list[tuple[int, int]] = []  # key, number
+        self.wake: list[tuple[int, int, int]] = []  # due (ms), key, number; on hold no longer
+        self.erased: list[int] = []  # keys of what was set aside
 
     def __bool__(self) -> bool:
-        return bool(self.messages or self.done or self.partly or self.later or self.aside)
+        done = self.done or self.partly or self.later or self.aside
+        return bool(self.messages or done or self.hold or self.wake or self.erased)
 
 
 class Store:
@@ -196,12 +198,16 @@ class Store:
         version = self._number("PRAGMA user_version")
         if application != APPLICATION_ID and (application or version or self._tables()):
             raise SpoolError(f"{self.path}: a database of another program")
-        if version not in (0, FORMAT):
+        if version not in (0, FORMAT, *_MIGRATIONS):
             raise SpoolError(f"{self.path}: format {version} was made by a newer version; known here is {FORMAT}")
 
     def _prepare(self, now: float) -> None:
         if not self._tables():
             self._run.execute(f"BEGIN IMMEDIATE; {_SCHEMA}; COMMIT")
+        while (version := int(self._number("PRAGMA user_version"))) in _MIGRATIONS:
+            self._run.execute("BEGIN IMMEDIATE")
+            self._run.execute(_MIGRATIONS[version])
+            self._run.execute("COMMIT")
         while self._change(_CLAMP_DUE, [(int(now * 1000),)]) == ROWS:
             pass
         try:
@@ -254,6 +260,14 @@ class Store:
         if batch.aside:
             run.executemany(_INSERT_BROKEN, batch.aside)
             run.executemany(_DELETE_RECIPIENTS, [(key, key) for key, _, _ in batch.aside])
+        if batch.hold:
+            run.executemany(_HOLD_RECIPIENT, batch.hold)
+        if batch.wake:
+            run.executemany(_WAKE_RECIPIENT, batch.wake)
+        if batch.erased:
+            runs = list(consecutive(batch.erased))
+            for statement in (_DELETE_BROKEN, _DELETE_RECIPIENTS, _DELETE_MESSAGES):
+                run.executemany(statement, runs)
         if batch.done:
             runs = list(consecutive(batch.done))
             run.executemany(_DELETE_RECIPIENTS, runs)
@@ -333,64 +347,6 @@ class Store:
         before = self._db.total_changes()
         self._run.executemany(statement, rows)
         return self._db.total_changes() - before
-
-
-class Reader:
-    """The reading connection; used in one thread only. Every method raises apsw.Error, also when it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._db: apsw.Connection | None = None
-
-    def open(self) -> None:
-        self._db = apsw.Connection(str(self._path), flags=apsw.SQLITE_OPEN_READONLY)
-        self._db.config(apsw.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, 1)
-        self._db.set_busy_timeout(0)
-
-    def close(self) -> None:
-        if self._db is not None:
-            self._db.close(True)
-            self._db = None
-
-    def new(self, behind: tuple[int, int], limit: int) -> str:
-        """JSON: key, number and whether it was never tried, of recipients behind a key and number."""
-        return str(self._get(_SELECT_NEW, (*behind, limit)))
-
-    def due(self, behind: tuple[int, int, int], now_ms: int, limit: int) -> str:
-        """JSON: due, key and number of recipients behind the same three, up to now."""
-        return str(self._get(_SELECT_DUE, (*behind, now_ms, limit)))
-
-    def next_due(self, behind: tuple[int, int, int]) -> int | None:
-        """When the next of them is due, in milliseconds."""
-        value = self._get(_SELECT_NEXT_DUE, behind)
-        return None if value is None else int(value)
-
-    def messages(self, keys: Sequence[int]) -> str:
-        """JSON: a list of record.Loaded."""
-        return str(self._get(_SELECT_MESSAGES, (json.dumps(keys),)))
-
-    def body(self, key: int) -> tuple[bytes | None, int]:
-        """The body (None: it is in a file) and its checksum. Raises LookupError: there is no such message."""
-        # All rows are fetched: a statement that stops halfway would keep the log from being reused.
-        rows = self._cursor().execute("SELECT body, crc FROM message WHERE key = ?", (key,)).fetchall()
-        if not rows:
-            raise LookupError(key)
-        return cast("tuple[bytes | None, int]", rows[0])
-
-    def _get(self, query: str, values: Sequence[int | str]) -> int | str | None:
-        value: int | str | None = self._cursor().execute(query, values).get
-        return value
-
-    def _cursor(self) -> apsw.Cursor:
-        if self._db is None:
-            raise apsw.ConnectionClosedError
-        return self._db.cursor()
-
-
-def parse_messages(text: str) -> list[Loaded]:
-    """What `Reader.messages` returned. Raises ValueError."""
-    rows: list[Loaded] = json.loads(text)
-    return rows
 
 
 def consecutive(keys: list[int]) -> Iterator[tuple[int, int]]:

@@ -20,12 +20,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NamedTuple, NoReturn
 
 from . import log as events
 from ._shared import Shared, die_with_parent
-from .claim import Listening, StartError, bind, drop_privileges, find_account, make_contexts, take_data_dir
+from .claim import (
+    Listening,
+    StartError,
+    bind,
+    drop_privileges,
+    find_account,
+    make_commands,
+    make_contexts,
+    read_passwords,
+    take_data_dir,
+)
 from .config import Config
+from .delivery.runner import Runner
 from .log import Log, open_log
 from .metrics import Counter
 from .seat import EXIT_CANNOT_START, Seat
@@ -62,14 +73,16 @@ def run(config: Config, announce: Callable[[list[str]], None], *, worker: Worker
     with ExitStack() as stack:
         account = find_account(config.user)
         stack.callback(os.close, take_data_dir(config.data_dir, account))
-        contexts = make_contexts(config)
+        claimed = _Claimed(
+            make_contexts(config), read_passwords(config), account, _start_runner(config, account, stack)
+        )
         listening = bind(config, account)
         for one in listening:
             stack.callback(one.close)
         mask = stack.enter_context(_blocked_signals())
         log = open_log(config.log.format, threaded=False)
         stack.callback(log.close)
-        supervisor = _Supervisor(config, worker, patience, listening, contexts, account, mask, log)
+        supervisor = _Supervisor(config, worker, patience, listening, claimed, mask, log)
         stack.callback(supervisor.close)
         try:
             signum = supervisor.serve(announce)
@@ -77,6 +90,30 @@ def run(config: Config, announce: Callable[[list[str]], None], *, worker: Worker
             supervisor.stop(0)
             raise
         return supervisor.stop(signum)
+
+
+class _Claimed(NamedTuple):
+    """What was made while this process had every privilege, for all workers: TLS contexts by listener, passwords by
+    transport, who the workers become, and the process that runs commands, if any transport has one."""
+
+    contexts: dict[int, ssl.SSLContext]
+    passwords: dict[str, str]
+    account: pwd.struct_passwd | None
+    runner: Runner | None
+
+
+def _start_runner(config: Config, account: pwd.struct_passwd | None, stack: ExitStack) -> Runner | None:
+    """Before there are sockets and a log, so that it holds neither; it ends when the last worker has ended."""
+    commands = make_commands(config, account)
+    if not commands:
+        return None
+    runner = Runner(commands)
+    stack.callback(runner.close)
+    try:
+        runner.start()
+    except OSError as error:
+        raise StartError(f"the process that runs commands cannot be started: {error.strerror}") from None
+    return runner
 
 
 class _Place:
@@ -103,8 +140,7 @@ class _Supervisor:
         worker: Worker,
         patience: Patience,
         listening: Sequence[Listening],
-        contexts: dict[int, ssl.SSLContext],
-        account: pwd.struct_passwd | None,
+        claimed: _Claimed,
         mask: set[int],
         log: Log,
     ) -> None:
@@ -112,8 +148,7 @@ class _Supervisor:
         self._worker = worker
         self._patience = patience
         self._listening = listening
-        self._contexts = contexts
-        self._account = account
+        self._claimed = claimed
         self._mask = mask
         self._log = log
         self._shared = Shared(config.worker_count, len(Counter))
@@ -142,6 +177,7 @@ class _Supervisor:
             self._last_round = now
             for place in self._places:
                 self._look_after(place, now, passed)
+            self._look_after_runner()
             if not self._serving and all(place.ready for place in self._places):
                 self._serving = True
                 self._tell_ready(announce)
@@ -222,6 +258,16 @@ class _Supervisor:
             place.still = 0.0
             os.kill(place.pid, signal.SIGKILL)
 
+    def _look_after_runner(self) -> None:
+        runner = self._claimed.runner
+        try:
+            status = runner.look_after() if runner is not None else None
+        except OSError as error:
+            self._log.write(events.RUNNER_DIED, f"cannot be started: {error.strerror}")
+            return
+        if status is not None:
+            self._log.write(events.RUNNER_DIED, _explain(status))
+
     def _replace(self, place: _Place, status: int, now: float) -> None:
         if status == EXIT_CANNOT_START and not self._serving:
             self._bury(place)
@@ -287,8 +333,8 @@ class _Supervisor:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         try:
-            if self._account:
-                drop_privileges(self._account)
+            if self._claimed.account:
+                drop_privileges(self._claimed.account)
         except OSError as error:
             self._say(events.CANNOT_START, f"cannot become user {self._config.user}: {error.strerror}")
             return EXIT_CANNOT_START
@@ -296,7 +342,18 @@ class _Supervisor:
         if os.getppid() != parent:
             return 0
         sockets = [(one.listener, one.socket_of(place.index)) for one in self._listening]
-        seat = Seat(place.index, len(self._places), sockets, self._contexts, self._shared, self._alive, ready_end)
+        runner = self._claimed.runner
+        seat = Seat(
+            place.index,
+            len(self._places),
+            sockets,
+            self._claimed.contexts,
+            self._shared,
+            self._alive,
+            ready_end,
+            self._claimed.passwords,
+            runner.asks if runner is not None else None,
+        )
         return self._worker(self._config, seat)
 
     def _say(self, event: events.Event, *values: object) -> None:
@@ -309,6 +366,8 @@ class _Supervisor:
         """Closes the child's copies of what is not its own: held here, another worker's socket would stay open
         after that worker, and the pipe would never say that the supervisor is gone."""
         os.close(self._alive_end)
+        if self._claimed.runner is not None:
+            self._claimed.runner.forget()
         for one in self._listening:
             own = one.socket_of(place.index)
             for listening in one.sockets:

@@ -1,8 +1,8 @@
-"""TLS contexts for listeners, and what is known of a TLS connection.
+"""TLS contexts for listeners and for hosts that mail goes to, and what is known of a TLS connection.
 
 A context is made once per listener, before the workers fork: every worker then holds the same ticket keys, so that a
 client may resume on any of them, and the tickets of one listener are of no use on another. Renegotiation and
-compression are off. Nothing here does I/O but reading certificate and key.
+compression are off. Nothing here does I/O but reading certificates and keys.
 Raises OSError (unreadable file) and ssl.SSLError (no certificate or key in it, or they do not match). RFC 3207, 8996.
 """
 
@@ -23,6 +23,22 @@ def server_context(certificate: Path, key: Path, minimum: str = "1.2") -> ssl.SS
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
     # An encrypted key would ask at the terminal; an unattended server cannot answer.
     context.load_cert_chain(certificate, key, password=_no_password)
+    return context
+
+
+def client_context(verify: bool, minimum: str = "1.2", ca_file: Path | None = None) -> ssl.SSLContext:
+    """A context for hosts that mail goes to. `verify`: certificate and name are checked, against the certificates of
+    `ca_file` or the system's. Without, any certificate will do: opportunistic TLS is for those who only listen."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = MINIMUM[minimum]
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    elif ca_file is not None:
+        context.load_verify_locations(ca_file)
+    else:
+        context.load_default_certs()
     return context
 
 

@@ -39,9 +39,9 @@ def make_message(payload: int) -> bytes:
     return header + LINE * whole + short + b".\r\n"
 
 
-def recipients(mailboxes: int, messages: int) -> Iterator[bytes]:
-    """RCPT commands for so many messages, to b0@y.test, b1@y.test ... in turn."""
-    return islice(cycle([b"RCPT TO:<b%d@y.test>\r\n" % n for n in range(mailboxes)]), messages)
+def recipients(mailboxes: int, messages: int, domain: str = "y.test") -> Iterator[bytes]:
+    """RCPT commands for so many messages, to b0, b1 ... of a domain in turn."""
+    return islice(cycle([b"RCPT TO:<b%d@%s>\r\n" % (n, domain.encode()) for n in range(mailboxes)]), messages)
 
 
 def greet() -> Script:

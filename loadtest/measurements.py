@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,13 +139,15 @@ def own_client(mailboxes: int) -> Load:
     return load
 
 
-def closed_loop(port: int, sessions: int, messages: int, mailboxes: int) -> tuple[float, list[float]]:
+def closed_loop(
+    port: int, sessions: int, messages: int, mailboxes: int, domain: str = "y.test"
+) -> tuple[float, list[float]]:
     """Seconds of sending, and the sorted latencies."""
 
     async def work() -> tuple[float, list[float]]:
         opened = await client.open_sessions(port, sessions)
         started = time.perf_counter()
-        to = client.recipients(mailboxes, messages)
+        to = client.recipients(mailboxes, messages, domain)
         latencies = await client.send_closed_loop(opened, to, client.make_message(1000))
         return time.perf_counter() - started, sorted(latencies)
 
@@ -399,7 +401,9 @@ def crowded(server: Server, count: int, messages: int) -> Sample:
     return sample
 
 
-MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
+Measurements: TypeAlias = Mapping[str, Callable[[Bench], list[Row]]]
+
+MEASUREMENTS: Measurements = {
     "persistent": persistent,
     "churn": churn,
     "big": big,

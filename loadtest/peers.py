@@ -64,7 +64,7 @@ class Peer:
 def plan_fastsmtp(job: Job, durability: str, python: str = sys.executable) -> Plan:
     """Of the source tree that is installed.program; also for a race between two of them."""
     file = job.folder / "fastsmtp.toml"
-    text = configuration(job.folder, job.port, durability, job.end, tls=False)
+    text = configuration(job.folder, job.port, durability, job.end, tls=False, sink=job.sink)
     command = [python, "-m", "fastsmtp", "serve", "--config", str(file)]
     return Plan(command, {file.name: text}, environment={"PYTHONPATH": str(job.installed.program)})
 
@@ -326,7 +326,7 @@ OURS = ("fastsmtp", "fastsmtp-memory")
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("fastsmtp", {"discard": FSYNC, "maildir": FSYNC}, our_own, fastsmtp),
+        Peer("fastsmtp", {"discard": FSYNC, "maildir": FSYNC, "relay": FSYNC}, our_own, fastsmtp),
         Peer("fastsmtp-memory", {"discard": NOTHING}, our_own, fastsmtp_memory),
         Peer(
             "postfix",

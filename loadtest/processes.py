@@ -190,9 +190,15 @@ class Server:
         return next((line.strip()[:500] for line in reversed(lines) if line.strip()), "it said nothing")
 
 
-def configuration(folder: Path, port: int, durability: str, transport: str, tls: bool) -> str:
-    """A fastsmtp that takes mail for every address of y.test on one worker."""
-    path = f"\npath = {json.dumps(f'{folder}/mail/{{domain}}/{{local}}')}" if transport == "maildir" else ""
+def configuration(folder: Path, port: int, durability: str, end: str, tls: bool, sink: int | str = 0) -> str:
+    """A fastsmtp that takes mail for every address of y.test on one worker; it ends in `discard`, in a `maildir`, or
+    by `relay` (SMTP) or `lmtp` at the port or unix socket `sink`. What is for `discard.test` vanishes in any case."""
+    ways = {
+        "discard": 'type = "discard"',
+        "maildir": f'type = "maildir"\npath = {json.dumps(f"{folder}/mail/{{domain}}/{{local}}")}',
+        "relay": f'type = "smtp"\nsmarthost = "127.0.0.1:{sink}"\ntls = "off"',
+        "lmtp": f'type = "lmtp"\naddress = "{sink}"',
+    }
     certificate = (
         f"[tls]\ncertificate = {json.dumps(f'{folder}/cert.pem')}\nkey = {json.dumps(f'{folder}/key.pem')}\n"
         if tls
@@ -224,18 +230,26 @@ recipients = "any"
 transport = "t"
 
 [transport.t]
-type = "{transport}"{path}
+{ways[end]}
+
+[[domain]]
+name = "discard.test"
+recipients = "any"
+transport = "discard"
+
+[transport.discard]
+type = "discard"
 """
 
 
 @contextmanager
-def fastsmtp(folder: Path, durability: str, transport: str, tls: bool = False) -> Iterator[Server]:
+def fastsmtp(folder: Path, durability: str, end: str, tls: bool = False, sink: int | str = 0) -> Iterator[Server]:
     """A fastsmtp with its data, its log and its mailboxes in `folder`, as long as the block runs."""
     port = free_port()
     if tls:
         make_certificate(folder)
     file = folder / "fastsmtp.toml"
-    file.write_text(configuration(folder, port, durability, transport, tls))
+    file.write_text(configuration(folder, port, durability, end, tls, sink))
     command = [sys.executable, "-m", "fastsmtp", "serve", "--config", str(file)]
     server = Server("fastsmtp", command, port, folder / "fastsmtp.log", tls)
     code = 0

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from . import LoadError
-from .measurements import CROWD, MEASUREMENTS, Bench, say
+from .measurements import CROWD, MEASUREMENTS, Bench, Measurements, say
 from .report import Row, render_json, render_table
 
 DESCRIPTORS = CROWD + 500  # of one process: a client with all sessions, and what else it needs
@@ -43,30 +43,30 @@ def check_disk(folder: Path) -> None:
             raise LoadError(f"{folder} is on {kind}, in memory: give a folder on a disk with --dir")
 
 
-def measure_all(names: list[str], bench: Bench) -> tuple[list[Row], int]:
+def measure_all(names: list[str], measurements: Measurements, bench: Bench) -> tuple[list[Row], int]:
     """All rows, and how many measurements failed."""
     rows: list[Row] = []
     failed = 0
     for name in names:
         say(f"{name} ...")
         try:
-            rows += MEASUREMENTS[name](bench)
+            rows += measurements[name](bench)
         except LoadError as error:
             failed += 1
             say(f"{name}: not measured: {error}")
     return rows, failed
 
 
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m loadtest.receive", description="Measures receiving.")
-    names = ", ".join(MEASUREMENTS)
+def main(arguments: list[str], program: str, about: str, measurements: Measurements) -> int:
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=about)
+    names = ", ".join(measurements)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"what to measure: {names}; default: all")
     parser.add_argument("--rounds", type=positive, default=5, metavar="N", help="of each measurement (5)")
     parser.add_argument("--messages", type=positive, metavar="N", help="in a round; default: as many as it takes")
     parser.add_argument("--json", type=Path, metavar="FILE", help="all figures go there too")
     parser.add_argument("--dir", type=Path, metavar="DIR", help="where data lies; default: beside this folder")
     given = parser.parse_args(arguments)
-    unknown = [name for name in given.names if name not in MEASUREMENTS]
+    unknown = [name for name in given.names if name not in measurements]
     if unknown:
         parser.error(f"no measurement is called {unknown[0]}; there are {names}")
     signal.signal(signal.SIGTERM, stop)  # as an exception, so that the servers are stopped too
@@ -78,7 +78,8 @@ def main(arguments: list[str]) -> int:
         say(f"loadtest: {error}")
         return 1
     try:
-        rows, failed = measure_all(given.names or list(MEASUREMENTS), Bench(folder, given.rounds, given.messages))
+        chosen = given.names or list(measurements)
+        rows, failed = measure_all(chosen, measurements, Bench(folder, given.rounds, given.messages))
     except KeyboardInterrupt:
         say("loadtest: interrupted")
         return 130
@@ -121,4 +122,4 @@ def stop(signum: int, _: object) -> NoReturn:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], "loadtest.receive", "Measures receiving.", MEASUREMENTS))

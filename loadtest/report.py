@@ -46,6 +46,10 @@ GOALS = {
     "large-memory": Goal("growth of the process meanwhile", 64, 32, "MB"),
     "crowd": Goal("nothing kept, 10,000 sessions of which 500 send, against 500", 25, NOISE, "% slower"),
     "crowd-fsync": Goal("the same, 250 after fsync", 25, NOISE, "% slower"),
+    "lmtp": Goal("LMTP to the sink over a unix socket, CPU, 1 KB", 1.2, 0.9, "× SMTP relay"),
+    "million-memory": Goal("memory with 1,000,000 deferred messages, above idle", 200, 50, "MB"),
+    "million-rate": Goal("accepting new mail beside them, 250 after fsync", 20, NOISE, "% slower"),
+    "million-start": Goal("from the start with them to the first new 250", 5, 1, "s"),
 }
 
 

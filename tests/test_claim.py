@@ -24,7 +24,10 @@ from fastsmtp.claim import (
     bind,
     drop_privileges,
     find_account,
+    make_commands,
     make_contexts,
+    read_password,
+    read_passwords,
     take_data_dir,
 )
 from fastsmtp.config import Config
@@ -418,6 +421,74 @@ def make_tls_config(certificate: Path, key: Path) -> Config:
             ],
         }
     )
+
+
+# Passwords and commands
+
+
+@pytest.mark.parametrize(
+    ("octets", "password"),
+    [
+        (b"secret\n", "secret"),
+        (b"secret", "secret"),
+        (b"secret\r\nanother line\n", "secret"),
+        (b" two words \n", " two words "),
+        ("pässword\n".encode(), "pässword"),
+        (b"x" * 8192 + b"\n", "x" * 8192),
+    ],
+)
+def test_a_password_is_the_first_line(tmp_path: Path, octets: bytes, password: str) -> None:
+    (tmp_path / "p").write_bytes(octets)
+    assert read_password(tmp_path / "p") == password
+
+
+@pytest.mark.parametrize(
+    ("octets", "why"),
+    [
+        (b"", "is empty"),
+        (b"\nsecret\n", "is empty"),
+        (b"x" * 8193 + b"\n", "begins with a line that is too long for a password"),
+        (b"\xff\n", "is not UTF-8"),
+        (b"a\0b\n", "begins with a line that is not printable"),
+        (b"a\rb\n", "begins with a line that is not printable"),
+    ],
+)
+def test_what_is_no_password(tmp_path: Path, octets: bytes, why: str) -> None:
+    (tmp_path / "p").write_bytes(octets)
+    with pytest.raises(StartError) as caught:
+        read_passwords(with_transport(smarthost="h.test:587", user="me", password_file=tmp_path / "p"))
+    assert str(caught.value) == f"transport.out: {tmp_path}/p {why}"
+
+
+def with_transport(kind: str = "smtp", **keys: object) -> Config:
+    return Config.model_validate({"hostname": "mx.test", "transport": {"out": {"type": kind, **keys}}})
+
+
+def test_passwords_by_transport(tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("secret\n")
+    config = with_transport(smarthost="h.test:587", user="me", password_file=tmp_path / "p")
+    assert read_passwords(config) == {"out": "secret"}
+    assert read_passwords(with_transport()) == {}
+    with pytest.raises(StartError, match=r"^transport.out: .*/q cannot be read: No such file or directory$"):
+        read_passwords(with_transport(smarthost="h.test:587", user="me", password_file=tmp_path / "q"))
+
+
+def test_commands_by_transport() -> None:
+    user = "nobody" if os.geteuid() == 0 else ""
+    commands = make_commands(with_transport("pipe", command=["/bin/x", "{local}"], user=user, timeout=7), None)
+    assert list(commands) == ["out"]
+    assert (commands["out"].arguments, commands["out"].timeout) == (("/bin/x", "{local}"), 7.0)
+    assert make_commands(with_transport("discard"), None) == {}
+    with pytest.raises(StartError, match=r"^transport.out: command: "):
+        make_commands(with_transport("pipe", command=["x"], user=user), None)
+
+
+@as_root
+def test_commands_run_as_somebody_else_than_the_server() -> None:
+    nobody = pwd.getpwnam("nobody")
+    for user, account in (("", nobody), ("root", nobody), ("nobody", nobody)):
+        with pytest.raises(StartError, match=r"^transport.out: user: "):
+            make_commands(with_transport("pipe", command=["/bin/x"], user=user), account)
 
 
 def test_each_listener_with_tls_has_its_own_context(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ transport = "mailboxes"
 type = "maildir"
 path = "mail/{domain}/{local}"
 """
+RELAY = '[relay]\ntransport = "internet"\n[transport.internet]\ntype = "smtp"\n'
 TLS = '[tls]\ncertificate = "c.pem"\nkey = "k.pem"\n'
 
 
@@ -66,6 +67,7 @@ def python(*arguments: str | Path, **options: object) -> subprocess.CompletedPro
 
 
 def test_check_of_a_good_file(file: Path) -> None:
+    file.write_text(GOOD + RELAY)
     result = run("check", "--config", file)
     assert result.exit_code == 0
     assert result.stderr == ""
@@ -101,6 +103,7 @@ def test_check_of_a_wrong_file(file: Path) -> None:
 
 
 def test_check_in_json(file: Path) -> None:
+    file.write_text(GOOD + RELAY)
     result = run("check", "--json", "--config", file)
     assert result.exit_code == 0
     assert json.loads(result.stdout) == {"ok": True, "errors": [], "warnings": []}
@@ -214,6 +217,65 @@ def test_all_that_is_wrong_with_the_machine_comes_at_once(file: Path) -> None:
         "f.toml:21: listener[1].address: run is no folder",
         "f.toml:16: transport.mailboxes.path: data is no folder",
     ]
+
+
+def test_what_transports_need_of_the_machine(file: Path) -> None:
+    (file.parent / "empty").write_text("\n")
+    (file.parent / "good").write_text("secret\n")
+    user = "nobody" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name
+    smtp = '[transport.{}]\ntype = "smtp"\nsmarthost = "h.test:587"\nuser = "me"\npassword_file = "{}"\n'
+    assert wrong(file, GOOD + smtp.format("a", "none") + smtp.format("b", "empty") + smtp.format("c", "good")) == [
+        "f.toml:20: transport.a.password_file: none cannot be read: No such file or directory",
+        "f.toml:25: transport.b.password_file: empty is empty",
+    ]
+    text = '[transport.x]\ntype = "smtp"\nca_file = "good"\nsource = ["192.0.2.1", "::1"]\n'
+    found = wrong(file, GOOD + text)
+    assert [line.partition(": ")[0] for line in found] == ["f.toml:18", "f.toml:19"]
+    assert "good holds no certificate that can be read" in found[0]
+    assert found[1].endswith("transport.x.source: 192.0.2.1 is no address of this machine")
+    pipe = '[transport.x]\ntype = "pipe"\ncommand = {}\nuser = "{}"\n'
+    assert wrong(file, GOOD + pipe.format('["/bin/sh", "{local}"]', user)) == []
+    assert wrong(file, GOOD + pipe.format('["sh"]', "nobody-has-this-name")) == [
+        "f.toml:18: transport.x.command: it begins with the absolute path of a program",
+        "f.toml:19: transport.x.user: there is no user nobody-has-this-name on this machine",
+    ]
+    assert wrong(file, GOOD + pipe.format('["/bin/none"]', user)) == [
+        "f.toml:18: transport.x.command: there is no /bin/none"
+    ]
+    if os.geteuid() == 0:
+        (found_one,) = wrong(file, GOOD + pipe.format('["/bin/sh"]', "root"))
+        assert found_one.startswith("f.toml:19: transport.x.user: 'root' could read the spool")
+
+
+def test_the_ways_out_are_told(file: Path) -> None:
+    text = """\
+[relay]
+networks = ["127.0.0.0/8", "::1"]
+transport = "internet"
+[[route]]
+domain = "*.partner.example"
+transport = "provider"
+[transport.internet]
+type = "smtp"
+[transport.provider]
+type = "smtp"
+smarthost = "smtp.provider.example:587"
+tls = "starttls"
+[transport.dovecot]
+type = "lmtp"
+address = "unix:/run/lmtp"
+"""
+    file.write_text(GOOD + text)
+    lines = run("check", "--config", file).stdout.splitlines()
+    for line in (
+        "route      *.partner.example  by provider",
+        "relay      any other domain, for 127.0.0.0/8, ::1/128, by internet",
+        "transport  internet  smtp by MX, tls opportunistic",
+        "transport  provider  smtp to smtp.provider.example:587, tls starttls",
+        "transport  dovecot  lmtp to unix:/run/lmtp",
+        "warning: nothing uses [transport.dovecot]",
+    ):
+        assert line in lines
 
 
 def test_a_user_of_this_machine(file: Path) -> None:

@@ -47,7 +47,8 @@ def test_every_verb_has_a_row_and_a_handler() -> None:
 
 
 def test_barriers_are_the_verbs_whose_answer_decides_what_follows() -> None:
-    assert {b"DATA", b"BDAT", b"STARTTLS", b"QUIT", b"AUTH", b"GET", b"POST", b"CONNECT", b"PUT"} == BARRIERS
+    ours = {b"DATA", b"BDAT", b"STARTTLS", b"ATRN", b"QUIT", b"AUTH"}
+    assert ours | {b"GET", b"POST", b"CONNECT", b"PUT"} == BARRIERS
 
 
 def test_what_submission_allows_before_auth() -> None:
@@ -59,7 +60,14 @@ def test_what_submission_allows_before_auth() -> None:
 
 def test_what_may_come_before_helo() -> None:
     """RFC 5321 4.1.4: NOOP, HELP, EXPN, VRFY and RSET at any time."""
-    assert {verb.name for verb in TABLE if verb.after_helo} == {"MAIL", "RCPT", "DATA"}
+    assert {verb.name for verb in TABLE if verb.after_helo} == {"MAIL", "RCPT", "DATA", "ETRN", "ATRN"}
+
+
+def test_what_is_known_where_mail_is_only_fetched() -> None:
+    # BDAT too: it is refused once its octets are consumed.
+    assert {verb.name for verb in TABLE if verb.odmr} == {
+        "EHLO", "HELO", "BDAT", "RSET", "NOOP", "QUIT", "HELP", "STARTTLS", "ETRN", "ATRN",
+    }  # fmt: skip
 
 
 def test_verbs_without_an_argument() -> None:

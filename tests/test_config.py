@@ -20,31 +20,39 @@ from fastsmtp.config import (
     Config,
     ConfigError,
     Discard,
+    Dns,
     Domain,
     Inet,
-    Kind,
     Limits,
     Listener,
+    Lmtp,
     Maildir,
     Problem,
+    Queue,
+    Relay,
+    Route,
     Section,
+    Smtp,
     Tls,
     Unix,
-    Unset,
     Withhold,
     default,
     default_of,
     kind_of,
     load,
-    machine_name,
     parse,
+    problem_at,
+    warnings,
+)
+from fastsmtp.config_values import (
+    Kind,
+    Unset,
+    machine_name,
     parse_duration,
     parse_endpoint,
     parse_size,
-    problem_at,
     show_duration,
     show_size,
-    warnings,
 )
 
 FOLDER = Path("/srv/conf")
@@ -78,6 +86,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "[[listener]] bare_bdat": ('"reject"', "reject"),
     "[[listener]] early_talker": ('"allow"', "allow"),
     "[[listener]] greet_delay": ("0.5", 0.5),
+    "[[listener]] dsn": ("true", True),
     "[[listener]] brackets": ("false", False),
     "[[listener]] mode": ('"0600"', 0o600),
     "[[listener.withhold]] keywords": ('["chunking"]', ("CHUNKING",)),
@@ -109,14 +118,83 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "[spool] min_free": ('"1KB"', 1024),
     "[queue] retry": ('"1m"', 60.0),
     "[queue] retry_max": ('"20h"', 72000.0),
+    "[queue] lifetime": ('"3d"', 259200.0),
+    "[queue] report_lifetime": ('"2h"', 7200.0),
+    "[queue] delay_report": ("0", 0.0),
+    "[queue] report_postmaster": ("true", True),
+    "[queue] soft_bounce": ("true", True),
+    "[queue] concurrency": ("7", 7),
+    "[queue] concurrency_total": ("20", 20),
     "[log] format": ('"json"', "json"),
     "[[domain]] name": ('"*.Bücher.example"', "*.xn--bcher-kva.example"),
     "[[domain]] recipients": ('["Ann", "\\"a b\\"", "jörg"]', ("Ann", "a b", "jörg")),
     "[[domain]] transport": ('"x"', "x"),
     "[[domain]] case_sensitive": ("true", True),
-    "[transport.NAME] type": ('"maildir"', "maildir"),
-    "[transport.NAME] path": ('"m/{local}"', "/srv/conf/m/{local}"),
-    "[transport.NAME] sync": ('"file"', "file"),
+    "[[route]] domain": ('"*.Bücher.example"', "*.xn--bcher-kva.example"),
+    "[[route]] transport": ('"x"', "x"),
+    "[[route]] tls": ('"verified"', "verified"),
+    "[[route]] tls_minimum": ('"1.3"', "1.3"),
+    "[[route]] concurrency": ("5", 5),
+    "[[route]] ignore": ('["chunking"]', ("CHUNKING",)),
+    "[relay] networks": (
+        '["127.0.0.0/8", "::1", "::ffff:192.0.2.0/120"]',
+        tuple(map(ipaddress.ip_network, ("127.0.0.0/8", "::1/128", "192.0.2.0/24"))),
+    ),
+    "[relay] transport": ('"x"', "x"),
+    "[relay] own_addresses": (
+        '["192.0.2.1", "2001:DB8::1", "::ffff:192.0.2.2"]',
+        tuple(map(ipaddress.ip_address, ("192.0.2.1", "2001:db8::1", "192.0.2.2"))),
+    ),
+    "[dns] servers": (
+        '["127.0.0.1:5353", "192.0.2.1", "2001:DB8::1", "[::1]:53"]',
+        ("127.0.0.1:5353", "192.0.2.1:53", "[2001:db8::1]:53", "[::1]:53"),
+    ),
+    "[dns] allow_loopback": ("true", True),
+    "[transport.NAME] smtp type": ('"smtp"', "smtp"),
+    "[transport.NAME] smtp smarthost": ('"SMTP.Provider.example:587"', Inet("smtp.provider.example", 587)),
+    "[transport.NAME] smtp user": ('"me"', "me"),
+    "[transport.NAME] smtp password_file": ('"secret"', Path("/srv/conf/secret")),
+    "[transport.NAME] smtp auth": ('"xoauth2"', "xoauth2"),
+    "[transport.NAME] smtp tls": ('"implicit"', "implicit"),
+    "[transport.NAME] smtp tls_minimum": ('"1.3"', "1.3"),
+    "[transport.NAME] smtp ca_file": ('"ca.pem"', Path("/srv/conf/ca.pem")),
+    "[transport.NAME] smtp helo": ('"Out.Bücher.example"', "out.xn--bcher-kva.example"),
+    "[transport.NAME] smtp source": (
+        '["192.0.2.1", "2001:DB8::1"]',
+        tuple(map(ipaddress.ip_address, ("192.0.2.1", "2001:db8::1"))),
+    ),
+    "[transport.NAME] smtp timeout": ('"30s"', 30.0),
+    "[transport.NAME] smtp eight_bit": ('"bounce"', "bounce"),
+    "[transport.NAME] smtp bare": ('"bounce"', "bounce"),
+    "[transport.NAME] lmtp type": ('"lmtp"', "lmtp"),
+    "[transport.NAME] lmtp address": ('"unix:run/lmtp"', Unix(Path("/srv/conf/run/lmtp"))),
+    "[transport.NAME] lmtp timeout": ('"30s"', 30.0),
+    "[transport.NAME] lmtp eight_bit": ('"bounce"', "bounce"),
+    "[transport.NAME] pipe type": ('"pipe"', "pipe"),
+    "[transport.NAME] pipe command": ('["/bin/x", "-f"]', ("/bin/x", "-f")),
+    "[transport.NAME] pipe user": ('"filter"', "filter"),
+    "[transport.NAME] pipe timeout": ('"30s"', 30.0),
+    "[transport.NAME] pipe concurrency": ("3", 3),
+    "[transport.NAME] pipe crlf": ("true", True),
+    "[transport.NAME] pipe fields": ("true", True),
+    "[transport.NAME] maildir type": ('"maildir"', "maildir"),
+    "[transport.NAME] maildir path": ('"m/{local}"', "/srv/conf/m/{local}"),
+    "[transport.NAME] maildir sync": ('"file"', "file"),
+    "[transport.NAME] discard type": ('"discard"', "discard"),
+    "[transport.NAME] odmr type": ('"odmr"', "odmr"),
+    "[transport.NAME] odmr timeout": ('"30s"', 30.0),
+    "[[customer]] networks": ('["192.0.2.1"]', (ipaddress.ip_network("192.0.2.1/32"),)),
+    "[[customer]] domains": ('["*.Bücher.example", "a.example"]', ("*.xn--bcher-kva.example", "a.example")),
+    "[[customer]] queue": ('"office.1"', "office.1"),
+}
+# What a transport of each type must have, and what belongs together in it.
+TRANSPORTS = {
+    "smtp": {"smarthost": '"h:587"', "user": '"me"', "password_file": '"p"'},
+    "lmtp": {"address": '"unix:/run/lmtp"'},
+    "pipe": {"command": '["/bin/true"]'},
+    "maildir": {"path": '"/m/{local}"'},
+    "discard": {},
+    "odmr": {},
 }
 # What must stand in a table anyway. Keys of a key's own table are added in front of it.
 REQUIRED = {
@@ -124,7 +202,10 @@ REQUIRED = {
     "[[listener]]": {"address": '"127.0.0.1:0"'},
     "[[listener.withhold]]": {"keywords": '["X"]'},
     "[[domain]]": {"name": '"xn--bcher-kva.example"', "recipients": '"any"', "transport": '"x"'},
-    "[transport.x]": {"type": '"maildir"', "path": '"/m/{local}"'},
+    "[[route]]": {"domain": '"partner.example"', "transport": '"x"'},
+    "[relay]": {"transport": '"x"'},
+    "[[customer]]": {"networks": '["192.0.2.1"]', "domains": '["a.example"]'},
+    "[transport.x]": {"type": '"smtp"', **TRANSPORTS["smtp"]},
 }
 
 
@@ -132,8 +213,12 @@ def file_with(section: Section, keys: dict[str, str]) -> str:
     """A file in which a table has these keys, and nothing else is wrong."""
     heading = section.heading.replace("NAME", "x")
     tables: dict[str, dict[str, str]] = {"": {}, **{table: dict(keys) for table, keys in REQUIRED.items()}}
-    if section.choice == "discard":
-        tables["[transport.x]"] = {"type": '"discard"'}
+    if section.choice:
+        tables["[transport.x]"] = {"type": f'"{section.choice}"', **TRANSPORTS[section.choice]}
+    if section.choice == "odmr":
+        tables["[[listener]]"]["role"] = '"odmr"'
+    elif heading != "[[customer]]":
+        del tables["[[customer]]"]
     tables.setdefault(heading, {}).update(keys)
     return "".join(
         f"{table}\n" + "".join(f"{key} = {value}\n" for key, value in keys.items()) for table, keys in tables.items()
@@ -156,14 +241,12 @@ KEYS = [(section, key) for section in SECTIONS for key in section.keys]
 
 
 def name_of(section: Section, key: str) -> str:
-    return f"{section.heading} {key}".strip()
+    return " ".join(filter(None, (section.heading, section.choice, key)))
 
 
 @pytest.mark.parametrize(("section", "key"), KEYS, ids=lambda value: getattr(value, "heading", value))
 def test_every_key_is_read(section: Section, key: str) -> None:
     value, expected = EXAMPLES[name_of(section, key)]
-    if section.choice == "discard":
-        value, expected = '"discard"', "discard"
     config = read(file_with(section, {key: value}))
     found = getattr(table_of(config, section), key)
     assert found == expected
@@ -181,7 +264,7 @@ def test_every_key_has_a_help_a_type_and_a_true_default(section: Section, key: s
     assert field.description[0].isupper() or field.description[0] == "`"
     assert field.description.endswith(".")
     assert kind_of(field)
-    required = {name for keys in REQUIRED.values() for name in keys}
+    required = {name for keys in (*REQUIRED.values(), *TRANSPORTS.values()) for name in keys}
     assert default_of(field) or key in required, "a key without a default"
     if not field.is_required() and not any(isinstance(data, Unset) for data in field.metadata):
         shown = default_of(field).strip("`")
@@ -246,6 +329,66 @@ def test_a_whole_file(text: str) -> None:
     )
     assert config.limits.message_size == 50 * 1024 * 1024
     assert config.timeouts.command == 300.0
+
+
+OUT = """\
+[relay]
+networks  = ["127.0.0.0/8", "::1"]     # who may send to any domain
+transport = "internet"
+[[route]]                              # exact, "*.partner.example" or "*"
+domain = "partner.example"
+transport = "internet"
+tls = "verified"                       # opportunistic (default) | required | verified | off
+concurrency = 5
+ignore = ["CHUNKING"]                  # keywords of a broken host
+[transport.internet]
+type = "smtp"                          # by MX
+[transport.provider]
+type = "smtp"
+smarthost = "smtp.provider.example:587"
+tls = "starttls"                       # or "implicit" for 465
+user = "me"
+password_file = "/etc/fastsmtp/provider.password"
+[transport.dovecot]
+type = "lmtp"
+address = "unix:/run/dovecot/lmtp"     # or host:port
+[dns]
+servers = ["127.0.0.1:5353"]           # default: the system's
+[queue]
+retry = "5m"                           # first wait; doubles
+retry_max = "4h"
+lifetime = "5d"
+delay_report = "4h"
+"""
+
+
+def test_a_file_of_what_goes_out() -> None:
+    config = read(OUT)
+    assert config == Config(
+        relay=Relay(networks=["127.0.0.0/8", "::1"], transport="internet"),
+        route=(
+            Route(domain="partner.example", transport="internet", tls="verified", concurrency=5, ignore=["CHUNKING"]),
+        ),
+        transport={
+            "internet": Smtp(type="smtp"),
+            "provider": Smtp(
+                type="smtp",
+                smarthost="smtp.provider.example:587",
+                user="me",
+                password_file=Path("/etc/fastsmtp/provider.password"),
+            ),
+            "dovecot": Lmtp(type="lmtp", address="unix:/run/dovecot/lmtp"),
+        },
+        dns=Dns(servers=["127.0.0.1:5353"]),
+        hostname=config.hostname,
+        data_dir=config.data_dir,
+    )
+    assert config.queue == Queue()
+    assert warnings(config) == [
+        "there is no [[domain]]: no mailbox is served here",
+        "nothing uses [transport.provider]",
+        "nothing uses [transport.dovecot]",
+    ]
 
 
 def test_nothing_can_be_changed() -> None:
@@ -336,6 +479,9 @@ DISCARD = 'transport.x.type = "discard"\n[[domain]]\n'
 SIZE = 'expected a size such as "64KB", "50MB" or "1GB", or a number of octets'
 DURATION = 'expected a duration such as "30s", "5m", "1h30m" or "5d", or a number of seconds'
 ADDRESS = 'expected "host:port", "[IPv6]:port" (ports 0 to 65535) or "unix:/path"'
+LOGIN = '[transport.x]\ntype = "smtp"\nsmarthost = "h:587"\nuser = "me"\npassword_file = "p"\n'
+UNVERIFIED = "a password goes over a verified connection only"
+CUSTOMER = '[[customer]]\nnetworks = ["192.0.2.1"]\ndomains = ["a.example"]\n'
 NETWORK = 'expected a network such as "192.0.2.0/24" or "2001:db8::/32", with no bit set behind its length'
 ONE_ERROR = {
     "unknown key": ("\nworker = 3", '2: worker: unknown key; did you mean "workers"?'),
@@ -364,6 +510,31 @@ ONE_ERROR = {
     "text for truth": (
         '[[listener]]\naddress = "h:1"\nbrackets = "yes"',
         '3: listener[0].brackets: expected true or false, found "yes"',
+    ),
+    "a role of listeners that nobody can use": (
+        f'{LISTENER}role = "odmr"',
+        "3: listener[0].role: there is no [[customer]] who could fetch mail",
+    ),
+    "mail that nobody can fetch": (
+        'transport.x.type = "odmr"',
+        "1: transport.x.type: nobody can fetch its mail: there is no [[customer]]",
+    ),
+    "mail that nobody can fetch anywhere": (
+        f'transport.x.type = "odmr"\n{CUSTOMER}',
+        "1: transport.x.type: nobody can fetch its mail: there is no listener of role odmr",
+    ),
+    "concurrency of mail that is fetched": (
+        f'{LISTENER}role = "odmr"\n{CUSTOMER}[transport.x]\ntype = "odmr"\n'
+        '[[route]]\ndomain = "a.example"\ntransport = "x"\nconcurrency = 3',
+        "12: route[0].concurrency: [transport.x] is of type odmr, which has one connection for a domain",
+    ),
+    "mail in memory that is asked for": (
+        f'spool.durability = "none"\n{CUSTOMER}',
+        "1: spool.durability: mail that is kept in memory only cannot be asked for by a [[customer]]",
+    ),
+    "a queue's name": (
+        f'{CUSTOMER}queue = "#home"',
+        '4: customer[0].queue: expected a name of letters, digits and ".", "_", "-", without "#", found "#home"',
     ),
     "no such choice": ('[log]\nformat = "xml"', '2: log.format: expected "auto", "human" or "json", found "xml"'),
     "too small": ("[limits]\nrecipients = 99", "2: limits.recipients: expected at least 100, found 99"),
@@ -474,19 +645,146 @@ ONE_ERROR = {
         '4: domain[0].recipients: expected "any", or a list of local-parts, found "all"',
     ),
     "unknown type": (
-        '[transport.x]\ntype = "smtp"',
-        '2: transport.x.type: expected "maildir" or "discard", found "smtp"',
+        '[transport.x]\ntype = "uucp"',
+        '2: transport.x.type: expected "smtp", "lmtp", "pipe", "maildir", "discard" or "odmr", found "uucp"',
     ),
-    "no type": ("[transport.x]\n", '1: transport.x.type: expected "maildir" or "discard", found nothing'),
+    "no type": (
+        "[transport.x]\n",
+        '1: transport.x.type: expected "smtp", "lmtp", "pipe", "maildir", "discard" or "odmr", found nothing',
+    ),
     "value for a transport": ("[transport]\nx = 5", "2: transport.x: expected a table, found 5"),
     "value for transports": ("transport = 5", "1: transport: expected a table, found 5"),
     "key of another type": (
         '[transport."a b"]\ntype = "discard"\npath = "/m"',
-        '3: transport."a b".path: unknown key; known here: type',
+        '3: transport."a b".path: unknown key; it is for type "maildir"',
     ),
     "no path": (
         '[transport.x]\ntype = "maildir"',
         "1: transport.x.path: missing; expected path with placeholders (A mailbox's folder",
+    ),
+    "route to nowhere": (
+        '[transport.net]\ntype = "smtp"\n[[route]]\ndomain = "*"\ntransport = "nte"',
+        '5: route[0].transport: there is no [transport.nte]; did you mean "net"?',
+    ),
+    "route twice": (
+        '[transport.x]\ntype = "smtp"\n[[route]]\ndomain = "a.test"\ntransport = "x"\n[[route]]\ndomain = "A.test"\n'
+        'transport = "x"',
+        "7: route[1].domain: a.test stands twice",
+    ),
+    "TLS of a route that is no smtp": (
+        '[transport.x]\ntype = "discard"\n[[route]]\ndomain = "*"\ntransport = "x"\ntls = "off"',
+        "6: route[0].tls: [transport.x] is of type discard; this is for smtp",
+    ),
+    "keywords of a route that is no smtp": (
+        '[transport.x]\ntype = "lmtp"\naddress = "h:24"\n[[route]]\ndomain = "*"\ntransport = "x"\nignore = ["SIZE"]',
+        "7: route[0].ignore: [transport.x] is of type lmtp; this is for smtp",
+    ),
+    "concurrency of batches": (
+        '[transport.x]\ntype = "discard"\n[[route]]\ndomain = "*"\ntransport = "x"\nconcurrency = 2',
+        "6: route[0].concurrency: [transport.x] is of type discard, which delivers in batches",
+    ),
+    "a route that lets a password go in clear": (
+        f'{LOGIN}[[route]]\ndomain = "*"\ntransport = "x"\ntls = "required"',
+        '9: route[0].tls: [transport.x] sends a password, and "required" is not verified',
+    ),
+    "a route against implicit TLS": (
+        f'{LOGIN}tls = "implicit"\n[[route]]\ndomain = "*"\ntransport = "x"\ntls = "verified"',
+        "10: route[0].tls: [transport.x] has TLS from the first octet; it cannot be changed here",
+    ),
+    "concurrency of commands": (
+        '[transport.x]\ntype = "pipe"\ncommand = ["/x"]\n[[route]]\ndomain = "*"\ntransport = "x"\nconcurrency = 2',
+        "7: route[0].concurrency: [transport.x] has a concurrency of its own",
+    ),
+    "no deliveries at once": (
+        '[transport.x]\ntype = "smtp"\n[[route]]\ndomain = "*"\ntransport = "x"\nconcurrency = 0',
+        "6: route[0].concurrency: expected at least 1, found 0",
+    ),
+    "relay without a transport": (
+        '[relay]\nnetworks = ["127.0.0.0/8"]',
+        "2: relay.networks: they may send to any domain, and nothing takes mail there; set relay.transport",
+    ),
+    "relay to nowhere": (
+        '[relay]\ntransport = "internet"',
+        "2: relay.transport: there is no [transport.internet]",
+    ),
+    "no address of ours": (
+        '[relay]\nown_addresses = ["192.0.2.0/24"]',
+        '2: relay.own_addresses[0]: expected an IP address such as "192.0.2.1" or "2001:db8::1", found "192.0.2.0/24"',
+    ),
+    "smarthost without a port": (
+        '[transport.x]\ntype = "smtp"\nsmarthost = "smtp.provider.example"',
+        '3: transport.x.smarthost: expected "host:port" or "[IPv6]:port", such as "smtp.example.org:587", '
+        'found "smtp.provider.example"',
+    ),
+    "smarthost on port 0": (
+        '[transport.x]\ntype = "smtp"\nsmarthost = "h:0"',
+        '3: transport.x.smarthost: expected "host:port" or "[IPv6]:port", such as "smtp.example.org:587", found "h:0"',
+    ),
+    "a smarthost that is a socket": (
+        '[transport.x]\ntype = "smtp"\nsmarthost = "unix:/run/x"',
+        "3: transport.x.smarthost: expected",
+    ),
+    "a password in clear": (f'{LOGIN}tls = "off"', f'6: transport.x.tls: {UNVERIFIED}, and "off" is none'),
+    "a password over TLS that anybody may end": (
+        f'{LOGIN}tls = "required"',
+        f'6: transport.x.tls: {UNVERIFIED}, and "required" is none',
+    ),
+    "a password where TLS may fail": (
+        f'{LOGIN}tls = "opportunistic"',
+        f'6: transport.x.tls: {UNVERIFIED}, and "opportunistic" is none',
+    ),
+    "a user without a password": (
+        '[transport.x]\ntype = "smtp"\nsmarthost = "h:587"\nuser = "me"',
+        "4: transport.x.user: there is no password_file",
+    ),
+    "a password without a user": (
+        '[transport.x]\ntype = "smtp"\nsmarthost = "h:587"\npassword_file = "p"',
+        "4: transport.x.password_file: there is no user",
+    ),
+    "a password for anybody's MX": (
+        '[transport.x]\ntype = "smtp"\npassword_file = "p"',
+        "3: transport.x.password_file: a login is for a smarthost, and none is named",
+    ),
+    "implicit TLS by MX": (
+        '[transport.x]\ntype = "smtp"\ntls = "implicit"',
+        '3: transport.x.tls: "implicit" is for a smarthost, and none is named',
+    ),
+    "two addresses of one kind": (
+        '[transport.x]\ntype = "smtp"\nsource = ["192.0.2.1", "192.0.2.2"]',
+        "3: transport.x.source: more than one IPv4 address",
+    ),
+    "a smarthost that is this server": (
+        '[transport.x]\ntype = "smtp"\nsmarthost = "127.0.0.1:25"\n[[listener]]\naddress = "127.0.0.1:25"',
+        "3: transport.x.smarthost: 127.0.0.1:25 is this server itself",
+    ),
+    "a smarthost that is this server by its name": (
+        '[transport.x]\ntype = "smtp"\nsmarthost = "mx.test:25"\n[[listener]]\naddress = "[::]:25"',
+        "4: transport.x.smarthost: mx.test:25 is this server itself",
+    ),
+    "LMTP to this server": (
+        '[transport.x]\ntype = "lmtp"\naddress = "localhost:24"\n[[listener]]\naddress = "0.0.0.0:24"',
+        "3: transport.x.address: localhost:24 is this server itself",
+    ),
+    "LMTP to no port": (
+        '[transport.x]\ntype = "lmtp"\naddress = "localhost:0"',
+        '3: transport.x.address: expected "host:port", "[IPv6]:port" (ports 1 to 65535) or "unix:/path", '
+        'found "localhost:0"',
+    ),
+    "no command": (
+        '[transport.x]\ntype = "pipe"\ncommand = []\nuser = "u"',
+        "3: transport.x.command: expected at least one entry, found a list",
+    ),
+    "a command for a shell": (
+        '[transport.x]\ntype = "pipe"\ncommand = "cat | x"\nuser = "u"',
+        '3: transport.x.command: expected a list, found "cat | x"',
+    ),
+    "no name server": (
+        '[dns]\nservers = ["ns.test"]',
+        '2: dns.servers[0]: expected an IP address, "address:port" or "[IPv6]:port", found "ns.test"',
+    ),
+    "order of caps": (
+        "[queue]\nconcurrency = 50\nconcurrency_total = 10",
+        "3: queue.concurrency_total: expected no less than concurrency, found 10",
     ),
     "long value": (f'user = {[1] * 1}\nworkers = "{"9" * 100}"', "1: user: expected text in quotes, found a list"),
 }
@@ -494,7 +792,7 @@ ONE_ERROR = {
 
 @pytest.mark.parametrize(("text", "expected"), ONE_ERROR.values(), ids=ONE_ERROR)
 def test_an_error_says_where_and_what(text: str, expected: str) -> None:
-    found = errors(text)
+    found = errors(('hostname = "mx.test"\n' if "mx.test" in text else "") + text)
     assert found[0].startswith(expected)
     if expected.endswith('"') or expected[-1].isdigit():
         assert found[0] == expected
@@ -540,7 +838,7 @@ transport = "mailbox"
 recipients = "all"
 
 [transport.mailboxes]
-type = "smtp"
+type = "uucp"
 """
 
 
@@ -777,13 +1075,47 @@ SERVED = '[transport.x]\ntype = "discard"\n[[domain]]\nname = "a.example"\nrecip
 
 
 def test_warnings() -> None:
-    assert warn(f'postmaster = "p@a.example"\n{SERVED}') == ""
+    assert warn(f'postmaster = "p@a.example"\n{SERVED}').startswith("nothing takes mail to other domains: senders")
     assert "postmaster is not set" in warn(SERVED)
     assert "postmaster" not in warn(SERVED.replace("a.example", "*"))
-    assert "there is no [[domain]]" in warn("")
+    assert "there is no [[domain]]: every recipient is refused" in warn("")
     assert 'durability is "none"' in warn('spool.durability = "none"')
-    assert "no [[domain]] uses [transport.y]" in warn('transport.y.type = "discard"\n' + SERVED)
+    assert "nothing uses [transport.y]" in warn('transport.y.type = "discard"\n' + SERVED)
     assert "h:1: nobody can authenticate" in warn('[[listener]]\naddress = "h:1"\nrole = "submission"')
+
+
+INTERNET = 'transport.net.type = "smtp"\n[relay]\ntransport = "net"\n'
+
+
+def test_warnings_of_what_goes_out() -> None:
+    assert warn(f'{INTERNET}networks = ["127.0.0.0/8"]\n{SERVED}'.replace("a.example", "*")) == ""
+    assert warn(f'postmaster = "p@a.example"\n{INTERNET}{SERVED}') == "", "reports leave, and nobody relays"
+    for way in ("[relay]\ntransport", '[[route]]\ndomain = "*"\ntransport', '[[route]]\ndomain = "b.test"\ntransport'):
+        found = warn(f'{SERVED}{way} = "x"\n')
+        assert ("senders there are not told what fails" in found) == ("b.test" in way)
+    assert "relay.networks: ::/0 makes this an open relay" in warn(f'{INTERNET}networks = ["::1", "::/0"]')
+    assert "open relay" not in warn(f'{INTERNET}networks = ["192.0.2.0/24"]')
+    assert "dns.allow_loopback is for tests" in warn("dns.allow_loopback = true")
+    route = '[[route]]\ndomain = "a.example"\ntransport = "x"\n'
+    assert "[[route]] a.example is never used: [[domain]] a.example serves it" in warn(SERVED + route)
+    assert "never used" not in warn(SERVED + route.replace("a.", "b."))
+    for address, crosses in (("unix:/run/x", False), ("localhost:24", False), ("boxes.test:24", True)):
+        found = warn(f'[transport.x]\ntype = "lmtp"\naddress = "{address}"')
+        assert ("[transport.x]: mail crosses the network to" in found) == crosses
+
+
+def test_what_depends_on_a_login() -> None:
+    assert read(LOGIN).transport["x"].tls == "starttls"  # type: ignore[union-attr]
+    assert read('[transport.x]\ntype = "smtp"\nsmarthost = "h:25"').transport["x"].tls == "opportunistic"  # type: ignore[union-attr]
+    assert read(f'{LOGIN}tls = "implicit"').transport["x"].tls == "implicit"  # type: ignore[union-attr]
+
+
+def test_a_route_knows_what_it_was_told() -> None:
+    told = read(
+        '[transport.x]\ntype = "smtp"\n[[route]]\ndomain = "a.test"\ntransport = "x"\n'
+        '[[route]]\ndomain = "b.test"\ntransport = "x"\ntls = "opportunistic"\nconcurrency = 5\n'
+    ).route
+    assert [route.model_fields_set & {"tls", "concurrency"} for route in told] == [set(), {"tls", "concurrency"}]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.2:25", "[::1]:25", "localhost:25", "unix:/run/x"])

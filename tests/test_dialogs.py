@@ -13,8 +13,8 @@ import uvloop
 from wire import R554, Bench, RecordingKeeper, bench, make_service
 
 from fastsmtp.connection import Connection
-from fastsmtp.reply import Reply
-from fastsmtp.verdict import STORED, Ask, Refused, Stage, Verdict
+from fastsmtp.reply import R250_QUEUE_RUN, R450_ATRN_REFUSED, R453_NO_MAIL, R459_NODE_REFUSED, Reply
+from fastsmtp.verdict import STORED, Ask, NextHop, Refused, Stage, Verdict
 
 FOLDER = Path(__file__).parent / "dialogs"
 SECONDS = 10.0  # that a reply over a socket may take
@@ -144,6 +144,24 @@ class RefuseClient:
         return Verdict("refused", R554)
 
 
+class Answer:
+    """What ETRN and ATRN are answered: here.test is the client's, and there is no mail for it."""
+
+    def __init__(self, stage: Stage, granted: Reply, refused: Reply) -> None:
+        self.stage = stage
+        self.granted = granted
+        self.refused = refused
+
+    def __call__(self, ask: Ask) -> Verdict:
+        ours = all(node in ("here.test", "@here.test", "#here") for node in ask.nodes)
+        return Verdict("answered", self.granted if ours else self.refused)
+
+
+FETCHING = [
+    Answer(Stage.ETRN, R250_QUEUE_RUN, R459_NODE_REFUSED),
+    Answer(Stage.ATRN, R453_NO_MAIL, R450_ATRN_REFUSED),
+]
+TRUST: dict[str, Callable[[str], bool]] = {"yes": lambda ip: True, "no": lambda ip: False}
 NUMBERS = {
     "size": "message_size",
     "sessions": "session_limit",
@@ -167,6 +185,18 @@ def service_options(options: dict[str, str]) -> dict[str, Any]:
             made["withheld"] = frozenset(value.split(","))
         elif word == "refused":
             made["checks"] = [RefuseClient()]
+        elif word == "trusted":
+            made["trusts"] = TRUST[value]
+        elif word == "fetches":
+            made["fetches"] = TRUST[value]
+            made["checks"] = FETCHING
+        elif word == "soft":
+            made["soft"] = value == "yes"
+        elif word == "dsn":
+            made["reports"] = value
+        elif word == "hop":
+            size, *cannot = value.split(",")
+            made["next_hop"] = NextHop(int(size), "8bit" not in cannot, "utf8" not in cannot)
         else:
             raise ScriptError(f"listener: {word}")
     return made

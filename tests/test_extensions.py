@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -18,15 +19,18 @@ from fastsmtp.extensions import (
     decode_xtext,
     offered,
     parse_parameters,
+    without_success,
 )
 
-ALL = Offer(message_size=1000, recipients=100, starttls=True, any_octets=True)
+ALL = Offer(
+    message_size=1000, recipients=100, starttls=True, any_octets=True, reports=True, keeps_tls=True, fetches=True
+)
 
 
 def test_everything_is_offered_where_everything_can_be_done() -> None:
     assert list(offered(ALL).values()) == [
         "PIPELINING", "SIZE 1000", "8BITMIME", "SMTPUTF8", "CHUNKING", "BINARYMIME", "ENHANCEDSTATUSCODES",
-        "LIMITS RCPTMAX=100", "STARTTLS", "HELP",
+        "DSN", "REQUIRETLS", "LIMITS RCPTMAX=100", "STARTTLS", "ETRN", "HELP",
     ]  # fmt: skip
 
 
@@ -41,13 +45,24 @@ def test_everything_is_offered_where_everything_can_be_done() -> None:
     ],
 )
 def test_what_is_withheld_takes_with_it_what_needs_it(withheld: set[str], gone: set[str]) -> None:
-    offer = Offer(1000, 100, True, True, frozenset(withheld))
+    offer = replace(ALL, withheld=frozenset(withheld))
     assert set(offered(ALL)) - set(offered(offer)) == gone
 
 
 def test_what_cannot_be_done_is_not_offered() -> None:
-    assert "STARTTLS" not in offered(Offer(1000, 100, starttls=False, any_octets=True))
-    assert "BINARYMIME" not in offered(Offer(1000, 100, starttls=True, any_octets=False))
+    for lacks, keyword in (
+        ("starttls", "STARTTLS"),
+        ("any_octets", "BINARYMIME"),
+        ("reports", "DSN"),
+        ("keeps_tls", "REQUIRETLS"),
+        ("fetches", "ETRN"),
+    ):
+        assert set(offered(ALL)) - set(offered(replace(ALL, **{lacks: False}))) == {keyword}
+    assert not {"DSN", "REQUIRETLS"} & set(offered(Offer(1000, 100, starttls=True, any_octets=True)))
+
+
+def test_where_mail_is_only_fetched() -> None:
+    assert list(offered(replace(ALL, odmr=True))) == ["ENHANCEDSTATUSCODES", "STARTTLS", "ETRN", "ATRN", "HELP"]
 
 
 def test_what_is_needed_stands_before_what_needs_it() -> None:
@@ -89,6 +104,15 @@ def test_parameters_by_keyword() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("notify", "left"),
+    [("SUCCESS", "NEVER"), ("SUCCESS,FAILURE", "FAILURE"), ("DELAY,SUCCESS,FAILURE", "DELAY,FAILURE")],
+)
+def test_notify_without_success(notify: str, left: str) -> None:
+    assert without_success(notify) == left
+    assert parse_parameters(f" NOTIFY={left}".encode(), RCPT_PARAMETERS)["NOTIFY"] == left
+
+
 def code(raw: bytes, table: Mapping[str, Parameter]) -> int:
     with pytest.raises(CommandError) as caught:
         parse_parameters(raw, table)
@@ -109,6 +133,7 @@ VALUES = {
     "NOTIFY": "DELAY",
     "ORCPT": "rfc822;x",
     "SMTPUTF8": "",
+    "REQUIRETLS": "",
 }
 
 

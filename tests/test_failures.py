@@ -102,6 +102,8 @@ def test_a_status_follows_the_result_and_not_the_host() -> None:
     greeting = failure(Stage.GREETING, Answer.PERMANENT, "mx.test", Reply(554, [b"5.7.1 away"]))
     assert (greeting.result, greeting.status) == (Result.DEFERRED, "4.7.1")
     assert failure(Stage.CONNECT, Answer.TIME_OUT, "mx.test").status == "4.4.1"
+    no_tls = failure(Stage.TLS, Answer.GARBAGE, "mx.test", why="certificate: expired")
+    assert (no_tls.status, no_tls.text) == ("4.7.5", "mx.test: the TLS handshake failed: certificate: expired")
     assert failure(Stage.MAIL, Answer.GARBAGE, "mx.test", Reply(354, [b"go"])).text.endswith("(MAIL): 354 go")
 
 

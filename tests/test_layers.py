@@ -18,7 +18,9 @@ import fastsmtp
 SOURCE = Path(fastsmtp.__file__).parent
 
 VALUES = (
-    "_parser _files _shared toml_lines address config metrics reply message verdict tls log job ids thread domains seat"
+    "_parser _files _shared toml_lines address config_values config_conflicts config_outgoing config_tables "
+    "config_sections config metrics reply message verdict tls log job ids selection thread domains routes seat "
+    "local_socket"
 )
 LAYERS = (
     # wire and words: values and octets
@@ -26,16 +28,19 @@ LAYERS = (
     # protocol: decides, never waits
     ["extensions", "commands", "session"],
     # policy: facts in, verdict out
-    ["dns", "dns_message", "nameservers", "policy", "policy.recipients"],
+    ["dns", "dns_message", "nameservers", "policy", "policy.recipients", "policy.relay"],
     # keep and send
     [
         "record",
+        "reader",
         "room",
         "bodies",
         "store",
         "scan",
         "trouble",
         "commit",
+        "census",
+        "administration",
         "spool",
         "memory_spool",
         "reasons",
@@ -50,14 +55,25 @@ LAYERS = (
         "delivery.offers",
         "delivery.transaction",
         "delivery.dialogue",
+        "delivery.client_tls",
+        "delivery.link",
+        "delivery.pool",
+        "delivery.smtp",
+        "delivery.odmr",
         "delivery.discard",
         "delivery.maildir",
+        "delivery.runner",
+        "delivery.pipe",
+        "schedule",
+        "destinations",
+        "reporting",
+        "fate",
         "queue",
     ],
     ["service", "connection"],
     # process
-    ["claim", "server", "supervisor"],
-    ["embed", "cli", "__main__"],
+    ["claim", "check", "doors", "outgoing", "control", "colleagues", "odmr", "customers", "server", "supervisor"],
+    ["embed", "console", "queue_text", "queue_command", "sendmail", "cli", "__main__"],
 )
 ORDER = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
 
@@ -69,6 +85,7 @@ ONLY: Mapping[str, set[str]] = {
     # One check never imports another, nor what is above the values.
     "policy": set(VALUES.split()),
     "policy.recipients": {*VALUES.split(), "policy"},
+    "policy.relay": {*VALUES.split(), "policy"},
     # Transports see neither queue nor spool, nor each other; the queue sees none of them.
     "delivery": set(VALUES.split()),
     # Where mail goes is found out by asking the cache; what asks name servers is wired to it.
@@ -77,9 +94,23 @@ ONLY: Mapping[str, set[str]] = {
     "nameservers": {"dns", "dns_message"},
     "delivery.hosts": {*DELIVERY, "dns"},
     **dict.fromkeys(CLIENT, DELIVERY | CLIENT),
+    # Each knows what stands under it: terms and TLS, one connection, many, hosts.
+    "delivery.client_tls": {*DELIVERY, "delivery.offers"},
+    "delivery.link": DELIVERY | CLIENT | {"delivery.client_tls"},
+    "delivery.pool": DELIVERY | CLIENT | {"delivery.client_tls", "delivery.link"},
+    "delivery.smtp": DELIVERY | CLIENT | {f"delivery.{name}" for name in ["client_tls", "link", "pool", "hosts"]},
+    # Its hosts are spoken to as all others are.
+    "delivery.odmr": DELIVERY | {f"delivery.{name}" for name in ["client_tls", "failures", "offers", "pool", "smtp"]},
     "delivery.discard": DELIVERY,
     "delivery.maildir": DELIVERY,
-    "queue": DELIVERY,
+    # Run as root in a process of its own: it sees nothing of the server.
+    "delivery.runner": set(),
+    "delivery.pipe": {*DELIVERY, "delivery.body", "delivery.runner"},
+    "schedule": set(VALUES.split()),
+    "destinations": {*DELIVERY, "schedule"},
+    "reporting": {*VALUES.split(), "dsn"},
+    "fate": {*DELIVERY, "dsn", "schedule", "reporting"},
+    "queue": {*DELIVERY, "schedule", "destinations", "reporting", "fate", "selection"},
     # A report is made of a message; who keeps and sends it is not its business.
     "returned": set(VALUES.split()),
     "dsn": {*VALUES.split(), "reasons", "returned"},
@@ -95,11 +126,12 @@ NEVER: Mapping[str, set[str]] = {
 }
 # Packages that one part of the program has to itself.
 OWNERS: Mapping[str, set[str]] = {
-    "apsw": {"store", "scan", "spool"},
+    "apsw": {"store", "reader", "scan", "administration", "spool"},
     "sqlite3": set(),
     "uvloop": {"server"},
-    "pydantic": {"config"},
-    "click": {"cli"},
+    "pydantic": {"config", "config_values", "config_outgoing", "config_tables", "config_sections"},
+    "click": {"cli", "queue_command", "queue_text"},
+    "rich": {"queue_text"},
     "idna": {"address"},
     "dns": {"dns_message"},
 }
@@ -205,6 +237,12 @@ PLANTED = {
         "delivery.dialogue",
         "from .hosts import x",
         "delivery.dialogue imports delivery.hosts",
+    ),
+    "the link and its pool": ("delivery.link", "from .pool import Pool", "delivery.link imports delivery.pool"),
+    "SMTP and another transport": (
+        "delivery.smtp",
+        "from .maildir import Maildir",
+        "delivery.smtp imports delivery.maildir",
     ),
     "I/O in the protocol, from": ("commands", "from os.path import join", "commands imports os"),
     "a transport and the queue": ("delivery.maildir", "from ..queue import Queue", "delivery.maildir imports queue"),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from loadtest import LoadError, client, measurements, processes, receive
+from loadtest import LoadError, client, deliver, measurements, processes, receive
 from loadtest.report import GOALS, Row, render_json, render_table
 from tests.needs import needs, needs_root, volume
 
@@ -403,7 +403,7 @@ def test_rows_are_judged_by_their_median() -> None:
 def test_every_goal_is_measured() -> None:
     # latency, idle, large and crowd give two rows each
     assert set(GOALS) > set(measurements.MEASUREMENTS)
-    assert len(GOALS) == len(measurements.MEASUREMENTS) + 4
+    assert len(GOALS) == len(measurements.MEASUREMENTS) + 4 + len(deliver.MEASUREMENTS) + 2  # three of `million`
 
 
 def test_nothing_here_imports_what_it_measures() -> None:
@@ -476,7 +476,7 @@ def test_what_is_missing_is_one_line(
     disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(processes, "_PATH", "/nowhere")
-    rows, failed = receive.measure_all(["persistent"], measurements.Bench(disk, 1, 10))
+    rows, failed = receive.measure_all(["persistent"], measurements.MEASUREMENTS, measurements.Bench(disk, 1, 10))
     assert (rows, failed) == ([], 1)
     assert capsys.readouterr().err.splitlines()[-1] == (
         "persistent: not measured: smtp-sink is missing: apt-get install postfix"

@@ -114,7 +114,8 @@ def test_deferred_recipients_wait_and_finished_ones_do_not_come_back() -> None:
             assert await spool.claim(100.0, 10) == []
             assert await spool.read(one)
             assert one.pending == [1, 2]
-            assert {n: (mark.attempts, mark.reason) for n, mark in one.tried.items()} == {1: (1, "busy"), 2: (1, "busy")}
+            tried = {number: (mark.attempts, mark.reason) for number, mark in one.tried.items()}
+            assert tried == {1: (1, "busy"), 2: (1, "busy")}
             assert spool.backlog == 1
             assert not spool.over_budget
 

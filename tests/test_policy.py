@@ -11,12 +11,12 @@ import pytest
 from wire import DOMAINS, HOSTNAME
 
 from fastsmtp.address import Address, parse_address
-from fastsmtp.domains import Domains
+from fastsmtp.domains import Domain, Domains
 from fastsmtp.log import Log
 from fastsmtp.policy import ACCEPT, CHECK_FAILED, Check, Policy
 from fastsmtp.policy.recipients import Recipients
 from fastsmtp.reply import R550_UNKNOWN_MAILBOX
-from fastsmtp.verdict import Ask, Client, Stage, Verdict
+from fastsmtp.verdict import Ask, Client, NextHop, Stage, Verdict
 
 REFUSED = Verdict("refused", R550_UNKNOWN_MAILBOX)
 OTHER = Verdict("other")
@@ -168,6 +168,26 @@ def test_recipients(text: str, reason: str, code: int) -> None:
     assert verdict.reason == reason
     assert (verdict.reply.code if verdict.reply else 0) == code
     assert verdict.recipient is None
+
+
+@pytest.mark.parametrize(
+    ("utf8", "sender", "recipient", "reason"),
+    [
+        (True, "jürgen@a.test", "jürgen@hop.test", "known-mailbox"),
+        (False, "a@a.test", "b@hop.test", "known-mailbox"),
+        (False, "a@a.test", "jürgen@hop.test", "hop-needs-ascii"),
+        (False, "jürgen@a.test", "b@hop.test", "hop-needs-ascii"),
+        (False, "jürgen@a.test", "jürgen@xn--bcher-kva.test", "known-mailbox"),
+    ],
+)
+def test_what_the_next_host_takes(utf8: bool, sender: str, recipient: str, reason: str) -> None:
+    hop = NextHop(utf8=utf8)
+    check = Recipients(Domains([*DOMAINS, Domain("hop.test", "far", hop=lambda: hop)], HOSTNAME))
+    ask = Ask(Stage.RCPT, ASK.client, parse_address(sender), parse_address(recipient))
+    verdict = check(ask)
+    assert verdict.reason == reason
+    assert (verdict.reply.enhanced if verdict.reply else "") == ("5.6.7" if "needs" in reason else "")
+    assert (verdict.hop is hop) == (reason == "known-mailbox" and "hop" in recipient)
 
 
 def test_recipients_are_replaced() -> None:

@@ -3,165 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import json
-import os
-import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import apsw
 import pytest
 import uvloop
+from scripted import LATER, NEVER, SCHEDULE, Bench, Kinds, Logged, Scripted, logged, play
 
-from fastsmtp.address import Address, parse_address
-from fastsmtp.delivery import DELIVERED, Delivery, Outcome, Result
+from fastsmtp.address import parse_address
 from fastsmtp.delivery.discard import Discard
 from fastsmtp.job import Job
-from fastsmtp.log import Log
 from fastsmtp.memory_spool import MemorySpool
 from fastsmtp.message import Content, Envelope, Message, Recipient
 from fastsmtp.metrics import Counter
-from fastsmtp.queue import FEW, Backoff, Queue
+from fastsmtp.queue import FEW
+from fastsmtp.reader import Reader
+from fastsmtp.schedule import Schedule
 from fastsmtp.spool import Spool
-from fastsmtp.store import Reader
-from fastsmtp.verdict import STORED, Refused, Stored
 
-LATER = Outcome(Result.DEFERRED, "4.2.0", "not now")
-NEVER = Outcome(Result.FAILED, "5.1.1", "no such mailbox")
-
-
-class Scripted:
-    """A transport that answers from a list, and remembers what it was given; without a script it delivers."""
-
-    any_octets = True
-
-    def __init__(self, *script: Outcome | Exception, needs_body: bool = True) -> None:
-        self.script = list(script)
-        self.needs_body = needs_body
-        self.batches: list[list[tuple[str, bytes]]] = []
-        self.gate: asyncio.Event | None = None
-
-    async def deliver(self, deliveries: Sequence[Delivery]) -> Sequence[Sequence[Outcome]]:
-        self.batches.append(
-            [
-                (str(recipient.address), _body(delivery.message))
-                for delivery in deliveries
-                for recipient in delivery.recipients
-            ]
-        )
-        if self.gate is not None:
-            await self.gate.wait()
-        step = self.script.pop(0) if self.script else DELIVERED
-        if isinstance(step, Exception):
-            raise step
-        return [[step] * len(delivery.recipients) for delivery in deliveries]
-
-    async def close(self) -> None:
-        pass
-
-    @property
-    def tried(self) -> list[str]:
-        return [address for batch in self.batches for address, _ in batch]
-
-
-def _body(message: Message) -> bytes:
-    if message.parts is None:
-        return Path(message.file).read_bytes() if message.file else b""
-    return b"".join(message.parts)
-
-
-class Bench:
-    """A spool, a queue, a log that can be read, and a clock that can be set."""
-
-    def __init__(self, spool: Spool | MemorySpool, log: Log, transports: dict[str, Scripted | Discard]) -> None:
-        self.spool = spool
-        self.ahead = 0.0
-        self.counts: dict[Counter, int] = {}
-        self.queue = Queue(
-            spool,
-            transports,
-            self.route,
-            log=log,
-            count=self.count,
-            now=lambda: time.time() + self.ahead,
-            backoff=Backoff(60.0, 600.0),
-            chance=lambda: 0.5,
-        )
-
-    def route(self, address: Address) -> tuple[str, Address]:
-        return address.domain.partition(".")[0], address
-
-    def count(self, counter: Counter, n: int) -> None:
-        self.counts[counter] = self.counts.get(counter, 0) + n
-
-    async def keep(self, *recipients: str, body: bytes = b"body\r\n", fault: str = "") -> None:
-        envelope = Envelope(parse_address("a@x.test"))
-        envelope.id = self.spool.next_id()
-        envelope.recipients = [Recipient(parse_address(recipient), fault=fault) for recipient in recipients]
-        draft = self.spool.draft(envelope.id, lambda: None)
-        draft.write(body)
-        answered: asyncio.Future[Stored | Refused] = asyncio.get_running_loop().create_future()
-        message = Message(envelope, b"", None, len(body), len(body), Content.NONE, time.time())
-        self.spool.append(message, draft, answered.set_result)
-        assert await answered is STORED
-
-    async def settle(self) -> None:
-        """Until nothing happens any more."""
-        for _ in range(400):
-            await asyncio.sleep(0.005)
-            if self.queue.idle:
-                # Marks and jobs given back pass through a commit, which may take its time.
-                await asyncio.sleep(0.15)
-                if self.queue.idle:
-                    return
-        raise AssertionError("the queue does not come to rest")
-
-    async def pass_time(self, seconds: float) -> None:
-        self.ahead += seconds
-        self.queue.tick()
-        await self.settle()
+SOFT = SCHEDULE._replace(soft_bounce=True)
 
 
 @pytest.fixture
-def log() -> Iterator[tuple[Log, Callable[[], list[dict[str, object]]]]]:
-    with tempfile.TemporaryFile() as file:
-        log = Log(file.fileno(), False, time.time, threaded=False)
-
-        def lines() -> list[dict[str, object]]:
-            log.flush()
-            size = os.fstat(file.fileno()).st_size
-            return [json.loads(line) for line in os.pread(file.fileno(), size, 0).splitlines()]
-
-        yield log, lines
-        log.close()
-
-
-Logged = tuple[Log, Callable[[], list[dict[str, object]]]]
-Kinds = ("memory", "disk")
-
-
-def play(
-    kind: str,
-    log: Log,
-    folder: Path,
-    transports: dict[str, Scripted | Discard],
-    test: Callable[[Bench], Awaitable[None]],
-) -> None:
-    async def main() -> None:
-        loop = asyncio.get_running_loop()
-        spool: Spool | MemorySpool
-        if kind == "memory":
-            spool = MemorySpool(0, loop=loop, memory=1 << 26)
-        else:
-            spool = Spool(folder / "spool", 0, loop=loop, log=log, inline=1 << 16, min_free=0, memory=1 << 26)
-        spool.open()
-        bench = Bench(spool, log, transports)
-        await asyncio.wait_for(test(bench), 60)
-        await bench.queue.close()
-        await spool.close()
-
-    uvloop.run(main())
+def log() -> Iterator[Logged]:
+    with logged() as pair:
+        yield pair
 
 
 @pytest.mark.parametrize("kind", Kinds)
@@ -171,7 +40,9 @@ def test_delivered_and_forgotten(kind: str, log: Logged, tmp_path: Path) -> None
     async def test(bench: Bench) -> None:
         await bench.keep("b@box.test", "c@box.test")
         await bench.settle()
-        assert box.batches == [[("b@box.test", b"body\r\n"), ("c@box.test", b"body\r\n")]]
+        assert box.batches == [
+            [("b@box.test", b"Subject: hello\r\n\r\nbody\r\n"), ("c@box.test", b"Subject: hello\r\n\r\nbody\r\n")]
+        ]
         assert bench.spool.backlog == 0
         assert bench.counts == {Counter.RECIPIENTS_DELIVERED: 2}
         await bench.pass_time(10_000)
@@ -215,10 +86,10 @@ def test_back_off_doubles_up_to_the_longest(kind: str, log: Logged, tmp_path: Pa
 
 
 def test_jitter_stays_within_a_tenth() -> None:
-    backoff = Backoff(100.0, 1000.0)
-    assert backoff.wait(1, lambda: 0.0) == pytest.approx(90.0)
-    assert backoff.wait(1, lambda: 1.0) == pytest.approx(110.0)
-    assert backoff.wait(500, lambda: 0.5) == pytest.approx(1000.0)
+    schedule = Schedule(100.0, 1000.0)
+    assert schedule.wait(1, lambda: 0.0) == pytest.approx(90.0)
+    assert schedule.wait(1, lambda: 1.0) == pytest.approx(110.0)
+    assert schedule.wait(500, lambda: 0.5) == pytest.approx(1000.0)
 
 
 @pytest.mark.parametrize("kind", Kinds)
@@ -249,38 +120,44 @@ def test_recipients_with_different_times_are_tried_at_their_own(kind: str, log: 
         await bench.pass_time(600)
         assert (len(fast.tried), len(slow.tried)) == (3, 2)
 
-    play(kind, log[0], tmp_path, {"fast": fast, "slow": slow}, test)
+    play(kind, log[0], tmp_path, {"fast": fast, "slow": slow}, test, schedule=SOFT)
 
 
+@pytest.mark.parametrize("options", [{"schedule": SOFT}, {"reports": False}])
 @pytest.mark.parametrize("kind", Kinds)
-def test_what_fails_for_good_is_not_given_up(kind: str, log: Logged, tmp_path: Path) -> None:
+def test_with_soft_bounce_or_without_reports_nothing_is_given_up(
+    kind: str, options: dict[str, Any], log: Logged, tmp_path: Path
+) -> None:
     box = Scripted(NEVER)
 
     async def test(bench: Bench) -> None:
         await bench.keep("b@box.test")
         await bench.settle()
         assert bench.spool.backlog == 1
-        assert bench.counts[Counter.RECIPIENTS_FAILED] == 1
+        assert bench.counts == {Counter.RECIPIENTS_DEFERRED: 1}
+        box.script = [LATER]
+        await bench.pass_time(60_000)
+        assert bench.spool.backlog == 1
         await bench.pass_time(610)
+        assert len(box.tried) == 3
         assert bench.spool.backlog == 0
 
-    play(kind, log[0], tmp_path, {"box": box}, test)
+    play(kind, log[0], tmp_path, {"box": box}, test, **options)
 
 
 @pytest.mark.parametrize("kind", Kinds)
 def test_a_recipient_with_a_fault_reaches_no_transport(kind: str, log: Logged, tmp_path: Path) -> None:
-    box = Scripted()
+    box, sender = Scripted(), Scripted()
 
     async def test(bench: Bench) -> None:
         await bench.keep("b@box.test", fault="Mail loop")
         await bench.settle()
         assert box.batches == []
-        assert bench.spool.backlog == 1
+        assert sender.tried == ["a@x.test"]
+        assert bench.spool.backlog == 0
 
-    play(kind, log[0], tmp_path, {"box": box}, test)
-    assert [(line["status"], line["why"]) for line in log[1]() if line["event"] == "deferred"] == [
-        ("5.4.6", "Mail loop")
-    ]
+    play(kind, log[0], tmp_path, {"box": box, "x": sender}, test)
+    assert [(line["status"], line["why"]) for line in log[1]() if line["event"] == "failed"] == [("5.4.6", "Mail loop")]
 
 
 @pytest.mark.parametrize("kind", Kinds)
@@ -362,7 +239,7 @@ def test_a_restart_goes_on_where_it_was(log: Logged, tmp_path: Path) -> None:
     play("disk", log[0], tmp_path, {"box": before}, first)
 
     async def second(bench: Bench) -> None:
-        bench.ahead = 700.0
+        bench.clock.ahead = 700.0
         for _ in range(5):
             await bench.pass_time(1)
         assert sorted(after.tried) == ["deferred@box.test", "under-way@box.test"]

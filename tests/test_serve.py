@@ -226,7 +226,7 @@ def test_lmtp_over_a_unix_socket(shared: Server) -> None:
         mail = one_mail(shared, "any.test", local)
         assert mail.body == b"Subject: x\n\nlmtp\n"
         assert mail.protocol == "LMTP"
-        assert b"(local)" in mail.received
+        assert b"(local, uid %d)" % os.getuid() in mail.received
 
 
 # Who is a recipient

@@ -125,6 +125,131 @@ def test_a_limit_on_open_sessions_is_exact_over_processes() -> None:
     assert shared.total(0) == shared.open_sessions() == limit
 
 
+def test_slots_are_given_up_to_the_cap_and_given_back() -> None:
+    shared = Shared(3, 0)
+    places = [shared.take(worker, 77, 4, 1.0) for worker in (0, 1, 1, 2)]
+    assert len(set(places)) == 1
+    assert shared.taken(77) == 4
+    assert [shared.take(worker, 77, 4, 1.0) for worker in range(3)] == [-1, -1, -1]
+    assert shared.take(0, -78, 1, 1.0) not in (-1, places[0]), "another destination"
+    shared.give(1, places[0])
+    assert shared.taken(77) == 3
+    assert shared.taken(-78) == 1
+    assert shared.taken(5) == 0
+
+
+def test_a_dead_workers_slots_are_given_back() -> None:
+    shared = Shared(2, 0)
+    place = shared.take(0, 77, 3, 1.0)
+    shared.take(1, 77, 3, 1.0)
+    shared.take(1, 77, 3, 1.0)
+    shared.clear(1)
+    assert shared.taken(77) == 1
+    shared.give(0, place)
+    assert shared.taken(77) == 0
+
+
+def test_a_destination_is_dead_until_its_time_and_has_one_slot_then() -> None:
+    shared = Shared(2, 0)
+    place = shared.take(0, 77, 5, 10.0)
+    assert shared.dead_until(77) == 0.0
+    assert shared.fail(place, 0, 20.5)
+    assert not shared.fail(place, 0, 99.0), "another was quicker"
+    assert (shared.failures(place), shared.dead_until(77)) == (1, 20.5)
+    shared.give(0, place)
+    assert [shared.take(worker, 77, 5, 20.4) for worker in (0, 1)] == [-2, -2]
+    assert shared.taken(77) == 0
+    assert shared.take(1, 77, 5, 20.6) == place
+    assert [shared.take(worker, 77, 5, 20.6) for worker in (0, 1)] == [-1, -1]
+    shared.well(place)
+    assert (shared.failures(place), shared.dead_until(77)) == (0, 0.0)
+    assert shared.take(1, 77, 5, 30.0) == place
+    shared.fail(place, 0, 100.0)
+    shared.forget(77)
+    shared.forget(78)
+    assert shared.take(0, 77, 5, 30.0) == place
+    shared.fail(place, 0, 100.0)
+    shared.forget_all()
+    assert shared.take(0, 77, 5, 30.0) == place
+
+
+def test_those_who_wait_have_equal_shares() -> None:
+    shared = Shared(2, 0)
+    places = [shared.take(0, 77, 5, 1.0) for _ in range(5)]
+    assert shared.take(1, 77, 5, 1.0) == -1
+    for _ in range(3):
+        shared.give(0, places[0])
+    assert shared.take(0, 77, 5, 1.1) == -1, "two are left, its share"
+    taken = [shared.take(1, 77, 5, 1.1) for _ in range(4)]
+    assert taken == [places[0], places[0], -1, places[0]], "of the one left over, whoever is second to ask has it"
+    assert shared.taken(77) == 5
+
+
+def test_a_full_bucket_forgets_the_one_that_died_longest_ago_and_never_one_in_use() -> None:
+    shared = Shared(1, 0)
+    keys = [3 + 2048 * number for number in range(9)]
+    for number, key in enumerate(keys[:8]):
+        place = shared.take(0, key, 1, 1.0)
+        shared.fail(place, 0, 100.0 - number)
+        if number != 7:
+            shared.give(0, place)
+    assert shared.take(0, keys[8], 1, 1.0) >= 0
+    assert [shared.dead_until(key) for key in keys] == [100.0, 99.0, 98.0, 97.0, 96.0, 95.0, 0.0, 93.0, 0.0]
+    shared = Shared(1, 0)
+    places = [shared.take(0, key, 1, 1.0) for key in keys]
+    assert len(set(places[:8])) == 8
+    assert places[8] == -1
+    shared.give(0, places[2])
+    assert shared.take(0, keys[8], 1, 1.0) == places[2]
+
+
+def test_a_place_that_does_not_exist_is_an_index_error() -> None:
+    shared = Shared(1, 0)
+    for place in (-1, 2048 * 8, 2**60):
+        for call in (lambda p: shared.give(0, p), shared.failures, lambda p: shared.fail(p, 0, 1.0), shared.well):
+            with pytest.raises(IndexError):
+                call(place)
+    for worker in (-1, 1):
+        with pytest.raises(IndexError):
+            shared.take(worker, 7, 1, 1.0)
+        with pytest.raises(IndexError):
+            shared.give(worker, 0)
+
+
+def test_caps_are_exact_over_processes_that_are_killed_at_any_moment() -> None:
+    shared = Shared(3, 2)
+    keys = [5 + 2048 * number for number in range(12)]  # all in one bucket, which does not hold them all
+
+    def work(worker: int) -> None:
+        held: list[tuple[int, int]] = []
+        number = worker
+        while True:
+            number += 1
+            key = keys[number % len(keys)]
+            place = shared.take(worker, key, 2, 1.0)
+            if place >= 0:
+                held.append((key, place))
+                if shared.taken(key) > 2:
+                    shared.add(worker, 0, 1)
+                shared.add(worker, 1, 1)
+            if len(held) > 3 or place < 0:
+                while held:
+                    shared.give(worker, held.pop()[1])
+
+    for round_number in range(15):
+        pids = [fork(lambda worker=worker: work(worker)) for worker in range(3)]
+        time.sleep(0.01)
+        for worker, pid in enumerate(pids):
+            os.kill(pid, signal.SIGKILL)
+            assert wait(pid) == -signal.SIGKILL
+            shared.clear(worker)
+        assert [shared.taken(key) for key in keys] == [0] * len(keys)
+        assert shared.take(0, keys[round_number % 12], 2, 5.0) >= 0, "the bucket is nobody's"
+        shared.clear(0)
+    assert shared.total(0) == 0
+    assert shared.total(1) > 1000
+
+
 def test_a_process_dies_with_its_parent() -> None:
     """Parent and child by two forks: the parent's end must reach the child as the signal it asked for."""
     read, write = os.pipe()

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastsmtp.store import Reader, Store, _flush_again, consecutive
+from fastsmtp.reader import Reader
+from fastsmtp.store import Store, _flush_again, consecutive
 
 
 @given(st.sets(st.integers(0, 60), min_size=1))

@@ -29,10 +29,11 @@ from fastsmtp.message import Message
 from fastsmtp.metrics import Counter
 from fastsmtp.policy import Check, Policy
 from fastsmtp.policy.recipients import Recipients
+from fastsmtp.policy.relay import Relay
 from fastsmtp.reply import R421_NOT_TAKING_MAIL, R452_NO_ROOM, Reply
 from fastsmtp.service import Service, Times
 from fastsmtp.session import Terms
-from fastsmtp.verdict import STORED, Refused, Stored
+from fastsmtp.verdict import STORED, NextHop, Refused, Stored
 
 HOSTNAME = "mx.here.test"
 HIGH_WATER = 65536  # asyncio's own
@@ -325,15 +326,21 @@ def make_service(
     bare: Any = "reject",
     any_octets: bool = True,
     keeper: RecordingKeeper | None = None,
+    trusts: Callable[[str], bool] | None = None,
+    fetches: Callable[[str], bool] | None = None,
+    next_hop: NextHop | None = None,
     **terms: Any,
 ) -> Bench:
-    """`terms` are further arguments of Terms; `checks` come before the one of recipients."""
+    """`terms` are further arguments of Terms; `checks` come before the one of recipients. `next_hop`: what the host
+    behind hop.test takes. `trusts`: who may relay, `fetches`: for whom mail waits, by address."""
     log_fd = os.memfd_create("log")
     log = Log(log_fd, human=False, clock=time.time, threaded=False)
     keeper = keeper or RecordingKeeper()
     kept: Keeper = keeper
-    domains = Domains(DOMAINS, HOSTNAME, parse_address(postmaster) if postmaster else None)
-    policy = Policy([*checks, Recipients(domains)], log, patience)
+    rows = [*DOMAINS, Domain("hop.test", "boxes", hop=lambda: next_hop)]
+    domains = Domains(rows, HOSTNAME, parse_address(postmaster) if postmaster else None)
+    relay = [Relay(domains, lambda address: ("net", address))] if trusts is not None else []
+    policy = Policy([*checks, *relay, Recipients(domains)], log, patience)
 
     def room(size: int) -> Reply | None:
         if keeper.room(size):
@@ -364,6 +371,8 @@ def make_service(
         early_refused=early_refused,
         session_limit=session_limit,
         withheld=(lambda _: withheld) if withheld else None,
+        trusts=trusts,
+        fetches=fetches,
         command_line=command_line,
         text_line=text_line,
         header=header,

@@ -1,8 +1,10 @@
 """What a transport is: it takes deliveries and says, for each recipient, what became of it.
 
-The queue hands a transport as many deliveries at once as wait for it, so that one flush can serve them all. A
-transport knows neither queue nor spool. `deliver` never raises for what a disk or a peer does: that is an Outcome.
-"delivered" is said only when it is durable: file and name are on stable storage, or the next hop said 250.
+A transport says which destination a recipient belongs to; what goes to one destination waits together. To a transport
+without `concurrency` the queue hands as many deliveries at once as wait for it, so that one flush can serve them all;
+to any other a few at a time, and several times at once. A transport knows neither queue nor spool. `deliver` never
+raises for what a disk or a peer does: that is an Outcome. "delivered" is said only when it is durable: file and name
+are on stable storage, or the next hop said 250.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from collections.abc import Awaitable, Sequence
 from enum import Enum
 from typing import Protocol
 
+from ..address import Address
 from ..message import Message, Recipient
 
 
@@ -44,10 +47,11 @@ class Outcome:
     """One recipient's result. `status` is an enhanced status code (RFC 3463), `text` says why, on one line.
 
     What a next hop said: `host` is its name, `reply` its answer with the code, on one line; both empty where nobody
-    answered. `relayed`: delivered to a host that sends no report of success (RFC 3461 5.2.2).
+    answered. `relayed`: delivered to a host that sends no report of success (RFC 3461 5.2.2); `reports`: to one that
+    was told what the sender wants to know, and reports success itself.
     """
 
-    __slots__ = ("host", "relayed", "reply", "result", "retry", "scope", "status", "text")
+    __slots__ = ("host", "relayed", "reply", "reports", "result", "retry", "scope", "status", "text")
 
     def __init__(
         self,
@@ -59,6 +63,7 @@ class Outcome:
         host: str = "",
         reply: str = "",
         relayed: bool = False,
+        reports: bool = False,
     ) -> None:
         self.result = result
         self.status = status
@@ -68,6 +73,7 @@ class Outcome:
         self.host = host
         self.reply = reply
         self.relayed = relayed
+        self.reports = reports
 
 
 # The one outcome of success without a next hop. With one, `result` is DELIVERED and host and reply are told.
@@ -90,10 +96,18 @@ class Delivery:
 
 class Transport(Protocol):
     """A way out. `any_octets`: it keeps every octet as it is, so BINARYMIME may be offered before it.
-    `needs_body`: whether `Message.parts` (or `file`) must be there when `deliver` is called."""
+    `needs_body`: whether `Message.parts` (or `file`) must be there when `deliver` is called. `concurrency`: how many
+    calls of `deliver` may be under way for one destination, in all workers of the machine; 0: one in each worker, with
+    all that waits."""
 
     any_octets: bool
     needs_body: bool
+    concurrency: int
+
+    def destination(self, recipient: Address) -> str:
+        """What fails and recovers as a whole, such as the domain or the smarthost; "" when there is only one. Called
+        for each recipient: it waits for nothing."""
+        ...
 
     def deliver(
         self, deliveries: Sequence[Delivery]

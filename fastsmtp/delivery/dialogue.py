@@ -105,6 +105,11 @@ class Dialogue:
         return self._ready and not self.closed and not (most and self._transactions >= most)
 
     @property
+    def opened(self) -> bool:
+        """Whether it got as far as deliveries."""
+        return self._ready
+
+    @property
     def idle(self) -> bool:
         """Whether it is between two deliveries."""
         return self._ready and self._work is None
@@ -174,9 +179,11 @@ class Dialogue:
         self._hello()
         return self._step
 
-    def tls_failed(self, why: str) -> Step:
-        """There was no handshake, or a certificate that will not do."""
-        return self._broken(GARBAGE, why)
+    def tls_failed(self, why: str, answer: Answer = GARBAGE) -> Step:
+        """There was no handshake, or a certificate that will not do; or the host hung up, or took too long."""
+        self._wire.awaited.clear()  # where TLS comes first the greeting is
+        self._handshaking = True
+        return self._broken(answer, why)
 
     def send_piece(self, piece: bytes) -> Step:
         """The next octets of `body`, as it was read."""

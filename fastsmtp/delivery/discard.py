@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..address import Address
 from . import DELIVERED, Delivery, Outcome
 
 
@@ -15,6 +16,11 @@ class Discard:
 
     any_octets = True
     needs_body = False
+    concurrency = 0
+
+    def destination(self, recipient: Address) -> str:
+        """There is only one."""
+        return ""
 
     def deliver(self, deliveries: Sequence[Delivery]) -> Sequence[Sequence[Outcome]]:
         """Delivered, one and all."""

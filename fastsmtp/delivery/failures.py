@@ -113,6 +113,8 @@ _WORDS: Mapping[Answer, tuple[str, str]] = {
     Answer.TIME_OUT: ("4.4.2", "{host} timed out ({stage}){what}"),
     Answer.GARBAGE: ("4.5.0", "{host} does not keep to the protocol ({stage}){what}"),
 }
+# Mostly a certificate, or a version of ours that is too new: no breach of the protocol.
+_NO_HANDSHAKE = ("4.7.5", "{host}: the {stage} failed{what}")
 
 
 class Finding(Enum):
@@ -162,7 +164,7 @@ def classify(reply: Reply) -> Answer:
 def failure(stage: Stage, answer: Answer, host: str, reply: Reply | None = None, why: str = "") -> Outcome:
     """The Outcome of a failure. `reply` is what the host said, if it spoke; `why` our words where it did not."""
     meaning = TABLE[stage][answer]
-    status, words = _WORDS[answer]
+    status, words = _WORDS[answer] if (stage, answer) != (Stage.TLS, Answer.GARBAGE) else _NO_HANDSHAKE
     said = reply.text if reply is not None else ""
     if reply is not None and answer is not Answer.GARBAGE:
         status = reply.status or status

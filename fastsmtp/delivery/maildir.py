@@ -100,6 +100,7 @@ class Maildir:
 
     any_octets = True
     needs_body = True
+    concurrency = 0
 
     def __init__(self, path: str, worker: int, hostname: str, identity: str, sync: str = "batch") -> None:
         self._pattern = os.path.abspath(path)
@@ -116,6 +117,10 @@ class Maildir:
         self._directory = -1  # kept open: a flush reports the errors since it was opened
         self._open()
         remove_leftovers(self._temporary, worker)
+
+    def destination(self, recipient: Address) -> str:
+        """One for all mailboxes: a batch has one flush."""
+        return ""
 
     async def deliver(self, deliveries: Sequence[Delivery]) -> Sequence[Sequence[Outcome]]:
         """Puts every message into the mailboxes of its recipients."""

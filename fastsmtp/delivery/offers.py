@@ -116,16 +116,20 @@ def check_message(message: Message, offers: Offers, terms: Terms) -> Finding | N
             return Finding.EIGHT_BIT
         if content & _BARE and not offers.chunking and terms.bare == "bounce":
             return Finding.BARE
-    return Finding.BAD_SENDER if _CONTROL.search(f"{envelope.reverse_path}{envelope.envid}{envelope.ret}") else None
+    return None if _is_sendable(envelope.reverse_path.wire + envelope.envid + envelope.ret) else Finding.BAD_SENDER
 
 
 def check_recipient(recipient: Recipient, offers: Offers) -> Finding | None:
     """Why this host cannot be told of the recipient."""
     if not offers.utf8 and not recipient.address.local.isascii():
         return Finding.ADDRESS_UTF8
-    if _CONTROL.search(f"{recipient.address}{recipient.orcpt}{recipient.notify}"):
-        return Finding.BAD_RECIPIENT
-    return None
+    address = recipient.address
+    return None if _is_sendable(address.wire + recipient.orcpt + recipient.notify) else Finding.BAD_RECIPIENT
+
+
+def _is_sendable(text: str) -> bool:
+    # isprintable is stricter, and five times as fast.
+    return text.isprintable() or _CONTROL.search(text) is None
 
 
 def _header_utf8(message: Message) -> bool:
@@ -139,7 +143,7 @@ def render_mail(message: Message, offers: Offers, *, utf8: bool, require_tls: bo
     """`utf8`: one of the recipients has a non-ASCII address."""
     envelope = message.envelope
     content = int(message.content)
-    line = f"MAIL FROM:<{envelope.reverse_path}>"
+    line = f"MAIL FROM:<{envelope.reverse_path.wire}>"
     if offers.sized:
         line += f" SIZE={sent_size(message)}"
     if content:
@@ -160,7 +164,7 @@ def render_mail(message: Message, offers: Offers, *, utf8: bool, require_tls: bo
 
 
 def render_rcpt(recipient: Recipient, offers: Offers) -> str:
-    line = f"RCPT TO:<{recipient.address}>"
+    line = f"RCPT TO:<{recipient.address.wire}>"
     if offers.dsn:
         if recipient.notify:
             line += f" NOTIFY={recipient.notify}"

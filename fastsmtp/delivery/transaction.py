@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from ..message import Message, Recipient
-from . import Outcome, Result, Scope
+from . import Outcome, Result
 from .body import PIECE, OutgoingBody, sent_size
 from .failures import Answer, Stage, classify, failure
 from .offers import Offers, Terms, render_mail, render_rcpt
@@ -92,7 +92,7 @@ class Transaction:
         """`reset`: RSET goes before. Raises BodyError."""
         offers, message = self._offers, self._message
         self.outcomes = [None] * len(recipients)
-        utf8 = offers.utf8 and any(not each.address.local.isascii() for each in recipients)
+        utf8 = offers.utf8 and not "".join([each.address.local for each in recipients]).isascii()
         mail = render_mail(message, offers, utf8=utf8, require_tls=require_tls)
         if not offers.pipelining:
             if reset:
@@ -292,9 +292,10 @@ class Transaction:
         if reply.code >= 300:
             return failure(stage, classify(reply), self._host, reply)
         text = reply.text
-        relayed = not (self._offers.dsn or self._terms.lmtp)
+        reports = self._offers.dsn
+        relayed = not (reports or self._terms.lmtp)
         return Outcome(
-            DELIVERED, reply.status or "2.0.0", text, Scope.RECIPIENT, host=self._host, reply=text, relayed=relayed
+            DELIVERED, reply.status or "2.0.0", text, host=self._host, reply=text, relayed=relayed, reports=reports
         )
 
 

@@ -1,0 +1,141 @@
+"""The listening sockets of a worker, opened and closed to the loop; clients wait in the kernel meanwhile.
+
+In: sockets that the supervisor bound, and the service of each. Out: connections. At its limit of descriptors libuv
+would accept clients and drop them unheard; so descriptors are counted: below a reserve the doors close, above it they
+open again. A closed door loses nobody: the socket stays open, and clients wait in its queue.
+Not here: binding (claim.py), what a connection does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import resource
+import socket
+import time
+
+from . import log as logs
+from .connection import Connection
+from .log import Log
+from .seat import BACKLOG
+from .service import Service
+
+RESERVE = 64  # descriptors kept for mailboxes, bodies and whatever libraries open; a quarter where there are few
+
+
+class Door:
+    """A listening socket, and the server that accepts from it while it is open.
+
+    The socket itself stays open over a pause: clients wait in its queue.
+    """
+
+    def __init__(self, service: Service, listening: socket.socket, implicit_tls: bool, guard: Guard) -> None:
+        self._service = service
+        self._socket = listening
+        self._implicit_tls = implicit_tls
+        self._guard = guard
+        self._server: asyncio.AbstractServer | None = None
+        self._over = False
+        self.is_open = False
+
+    async def open(self) -> None:
+        if self._over:
+            return
+        service = self._service
+        guard = self._guard
+        self.is_open = True
+        listening = self._socket.dup()
+        context = service.context if self._implicit_tls else None
+        timeout = service.times.tls if context else None
+
+        def accept() -> Connection:
+            guard.admit()
+            return Connection(service)
+
+        if listening.family == socket.AF_UNIX:
+            server: asyncio.AbstractServer = await service.loop.create_unix_server(
+                accept, sock=listening, backlog=BACKLOG, ssl=context, ssl_handshake_timeout=timeout
+            )
+        else:
+            server = await service.loop.create_server(
+                accept, sock=listening, backlog=BACKLOG, ssl=context, ssl_handshake_timeout=timeout
+            )
+        if self.is_open:
+            self._server = server
+        else:
+            server.close()
+
+    def reopen(self) -> None:
+        self._service.run(self.open())
+
+    def close(self) -> None:
+        self.is_open = False
+        if self._server is not None:
+            self._server.close()
+            self._server = None
+
+    def close_for_good(self) -> None:
+        self._over = True
+        self.close()
+        self._socket.close()
+
+
+class Guard:
+    """Closes the doors before descriptors run out, and opens them when enough are free again.
+
+    At the limit libuv would accept clients and drop them unheard. It accepts one client in a round of the loop, so a
+    door that is closed at the end of the round is closed in time.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, doors: list[Door], log: Log) -> None:
+        self._limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        reserve = min(RESERVE, self._limit // 4)
+        self._close_at = self._limit - reserve
+        self._open_at = self._close_at - reserve // 2
+        self._loop = loop
+        self._doors = doors
+        self._log = log
+        self._closing = False
+        self._since = 0.0  # when the pause began; 0: there is none
+
+    def admit(self) -> None:
+        """Called for each client accepted; takes 1 µs."""
+        if not self._closing and self._lowest_free() >= self._close_at:
+            self._closing = True
+            self._loop.call_soon(self._close)
+
+    def tick(self) -> None:
+        """Called once a second."""
+        if not self._since:
+            return
+        if all(door.is_open for door in self._doors):
+            self._log.write(logs.ACCEPT_RESUMED, time.monotonic() - self._since)
+            self._since = 0.0
+        elif self._in_use() < self._open_at:
+            for door in self._doors:
+                if not door.is_open:
+                    door.reopen()
+
+    def _close(self) -> None:
+        self._closing = False
+        for door in self._doors:
+            door.close()
+        if not self._since:
+            self._since = time.monotonic()
+            self._log.write(logs.ACCEPT_PAUSED, f"{self._close_at} of {self._limit} descriptors are in use")
+
+    def _lowest_free(self) -> int:
+        """The kernel gives out the lowest free number: all below it are in use. Others may be, above a hole."""
+        try:
+            number = os.dup(0)
+        except OSError:
+            return self._limit
+        os.close(number)
+        return number
+
+    def _in_use(self) -> int:
+        """Exact, and as slow as they are many (1 ms for 1,000)."""
+        try:
+            return len(os.listdir("/proc/self/fd"))
+        except OSError:
+            return self._limit

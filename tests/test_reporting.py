@@ -1,0 +1,425 @@
+"""fate, reporting: who is told what of which recipient, when a message is given up, and that a report comes first."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Callable, Iterator, Sequence
+from email import message_from_bytes
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted import LATER, NEVER, SCHEDULE, UNREACHED, Bench, Clock, Kinds, Logged, Scripted, logged, play
+
+from fastsmtp.address import parse_address
+from fastsmtp.delivery import DELIVERED, Outcome, Result
+from fastsmtp.job import Draft, Mark
+from fastsmtp.message import Message
+from fastsmtp.metrics import Counter
+from fastsmtp.spool import Spool
+from fastsmtp.verdict import STORED, Refused, Stored
+
+TOLD = SCHEDULE._replace(delay_report=300.0)
+PASSED_ON = Outcome(Result.DELIVERED, "2.0.0", "ok", host="mx.test", reply="250 ok", relayed=True)
+REPORTED_THERE = Outcome(Result.DELIVERED, "2.0.0", "ok", host="mx.test", reply="250 ok", reports=True)
+BY_LMTP = Outcome(Result.DELIVERED, "2.0.0", "ok", host="lmtp.test", reply="250 ok")
+
+
+@pytest.fixture
+def log() -> Iterator[Logged]:
+    with logged() as pair:
+        yield pair
+
+
+def told(box: Scripted) -> list[tuple[str, str, str]]:
+    """The reports that a sender got: action, recipient, status; one for each recipient named."""
+    found = []
+    for batch in box.batches:
+        for _, body in batch:
+            report = message_from_bytes(body)
+            if report.get_content_type() == "multipart/report":
+                fields = report.get_payload(1).as_string()  # type: ignore[union-attr]
+                actions = re.findall(r"Action: (\S+)", fields)
+                statuses = re.findall(r"Status: (\S+)", fields)
+                recipients = re.findall(r"Final-Recipient: rfc822; (\S+)", fields)
+                found += list(zip(actions, recipients, statuses, strict=True))
+    return found
+
+
+@pytest.mark.parametrize("kind", Kinds)
+def test_what_fails_comes_back_in_one_report(kind: str, log: Logged, tmp_path: Path) -> None:
+    box, sender = Scripted(NEVER), Scripted()
+
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@box.test", "c@box.test", "d@ok.test")
+        await bench.settle()
+        assert sorted(told(sender)) == [("failed", "b@box.test", "5.1.1"), ("failed", "c@box.test", "5.1.1")]
+        assert sender.tried == ["a@x.test"]
+        assert bench.spool.backlog == 0
+        assert bench.counts[Counter.REPORTS] == 1
+        assert bench.counts[Counter.RECIPIENTS_FAILED] == 2
+
+    play(kind, log[0], tmp_path, {"box": box, "ok": Scripted(), "x": sender}, test)
+    (line,) = [line for line in log[1]() if line["event"] == "reported"]
+    assert (line["action"], line["to"], line["recipients"]) == ("failed", "a@x.test", ["b@box.test", "c@box.test"])
+
+
+def test_what_fails_by_several_ways_comes_back_in_one_report(log: Logged, tmp_path: Path) -> None:
+    fast, slow, good, sender = Scripted(NEVER), Scripted(NEVER), Scripted(DELIVERED), Scripted()
+    slow.gate = asyncio.Event()
+
+    async def test(bench: Bench) -> None:
+        assert slow.gate is not None
+        await bench.keep("b@fast.test", "c@slow.test", "d@good.test")
+        await asyncio.sleep(0.1)
+        assert (fast.tried, slow.tried, good.tried) == (["b@fast.test"], ["c@slow.test"], ["d@good.test"])
+        assert told(sender) == []
+        slow.gate.set()
+        await bench.settle()
+        assert sorted(told(sender)) == [("failed", "b@fast.test", "5.1.1"), ("failed", "c@slow.test", "5.1.1")]
+        assert bench.counts[Counter.REPORTS] == 1
+        assert bench.spool.backlog == 0
+
+    play("disk", log[0], tmp_path, {"fast": fast, "slow": slow, "good": good, "x": sender}, test)
+
+
+def test_a_report_does_not_wait_for_ever_for_what_hangs(
+    log: Logged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastsmtp.queue.TOGETHER", 0.05)
+    fast, slow, sender = Scripted(NEVER), Scripted(), Scripted()
+    slow.gate = asyncio.Event()
+
+    async def test(bench: Bench) -> None:
+        assert slow.gate is not None
+        await bench.keep("b@fast.test", "c@slow.test")
+        for _ in range(500):
+            if sender.batches:
+                break
+            await asyncio.sleep(0.01)
+        assert told(sender) == [("failed", "b@fast.test", "5.1.1")]
+        slow.gate.set()
+        await bench.settle()
+
+    play("memory", log[0], tmp_path, {"fast": fast, "slow": slow, "x": sender}, test)
+
+
+def test_recipients_that_wait_for_one_reason_come_back_together(log: Logged, tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        draws = iter([0.1, 0.9, 0.5])
+        bench.queue._fates._chance = lambda: next(draws)
+        waits: list[list[int]] = []
+        finish = bench.tap.finish
+
+        def spy(marks: Sequence[Mark]) -> None:
+            if marks:
+                waits.append([round((mark.due or 0.0) - bench.clock.now()) for mark in marks])
+            finish(marks)
+
+        bench.tap.finish = spy
+        await bench.keep("b@box.test", "c@box.test")
+        await bench.keep("d@box.test")
+        await bench.settle()
+        (first, second), (third,) = waits
+        assert first == second
+        assert first < third
+
+    play("memory", log[0], tmp_path, {"box": Scripted(LATER, LATER)}, test)
+
+
+@pytest.mark.parametrize(
+    ("notify", "answer", "expected"),
+    [
+        ("", NEVER, "failed"),
+        ("FAILURE", NEVER, "failed"),
+        ("NEVER", NEVER, ""),
+        ("SUCCESS,DELAY", NEVER, ""),
+        ("", DELIVERED, ""),
+        ("FAILURE", DELIVERED, ""),
+        ("SUCCESS", DELIVERED, "delivered"),
+        ("SUCCESS,FAILURE", BY_LMTP, "delivered"),
+        ("SUCCESS", PASSED_ON, "relayed"),
+        ("SUCCESS", REPORTED_THERE, ""),
+        ("FAILURE", PASSED_ON, ""),
+    ],
+)
+def test_the_sender_is_told_what_it_asked_for(
+    notify: str, answer: Outcome, expected: str, log: Logged, tmp_path: Path
+) -> None:
+    box, sender = Scripted(answer), Scripted()
+
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@box.test", notify=notify)
+        await bench.settle()
+        assert [action for action, _, _ in told(sender)] == ([expected] if expected else [])
+        assert bench.spool.backlog == 0
+
+    play("memory", log[0], tmp_path, {"box": box, "x": sender}, test)
+
+
+@pytest.mark.parametrize("kind", Kinds)
+@pytest.mark.parametrize("notify", ["", "FAILURE"])
+def test_a_delay_is_told_once(kind: str, notify: str, log: Logged, tmp_path: Path) -> None:
+    box, sender = Scripted(), Scripted()
+    box.always = LATER
+
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@box.test", notify=notify)
+        for _ in range(8):
+            await bench.pass_time(200)
+        assert len(box.tried) > 3
+        assert told(sender) == ([] if notify else [("delayed", "b@box.test", "4.2.0")])
+        box.always = None
+        await bench.pass_time(2000)
+        assert bench.spool.backlog == 0
+
+    play(kind, log[0], tmp_path, {"box": box, "x": sender}, test, schedule=TOLD)
+
+
+def test_a_delay_is_told_once_over_restarts(log: Logged, tmp_path: Path) -> None:
+    box, sender, clock = Scripted(), Scripted(), Clock()
+    box.always = LATER
+
+    async def first(bench: Bench) -> None:
+        await bench.keep("b@box.test")
+        await bench.pass_time(400)
+        await bench.pass_time(400)
+
+    async def later(bench: Bench) -> None:
+        for _ in range(4):
+            await bench.pass_time(700)
+
+    for test in (first, later, later):
+        play("disk", log[0], tmp_path, {"box": box, "x": sender}, test, schedule=TOLD, clock=clock)
+    assert len(box.tried) > 5
+    assert told(sender) == [("delayed", "b@box.test", "4.2.0")]
+
+
+def test_mail_for_a_dead_destination_is_delayed_and_given_up_too(log: Logged, tmp_path: Path) -> None:
+    net, sender = Scripted(concurrency=3), Scripted()
+
+    async def test(bench: Bench) -> None:
+        net.down.add("net.test")
+        for number in range(30):
+            await bench.keep(f"b{number}@net.test")
+        await bench.settle()
+        for _ in range(4):
+            await bench.pass_time(200)
+        assert sorted(told(sender)) == sorted(("delayed", f"b{number}@net.test", "4.4.1") for number in range(30))
+        tried = len(net.batches)
+        await bench.pass_time(50_000)
+        assert len(net.batches) == tried + 1, "one attempt for all of them"
+        await bench.pass_time(700)
+        assert bench.spool.backlog == 0
+        failed = [(address, status) for action, address, status in told(sender) if action == "failed"]
+        assert sorted(failed) == sorted((f"b{number}@net.test", "4.4.1") for number in range(30))
+
+    play("disk", log[0], tmp_path, {"net": net, "x": sender}, test, schedule=TOLD)
+
+
+@pytest.mark.parametrize("heals", [False, True])
+def test_what_is_too_old_is_tried_once_after_a_start(heals: bool, log: Logged, tmp_path: Path) -> None:
+    box, sender, clock = Scripted(UNREACHED), Scripted(), Clock()
+
+    async def before(bench: Bench) -> None:
+        await bench.keep("b@box.test")
+        await bench.settle()
+
+    async def after(bench: Bench) -> None:
+        clock.ahead += 10 * SCHEDULE.lifetime
+        box.always = None if heals else UNREACHED
+        await bench.pass_time(0)
+        assert box.tried == ["b@box.test"] * 2
+        assert told(sender) == ([] if heals else [("failed", "b@box.test", "4.4.1")])
+        assert bench.spool.backlog == 0
+
+    for test in (before, after):
+        play("disk", log[0], tmp_path, {"box": box, "x": sender}, test, clock=clock)
+
+
+@pytest.mark.parametrize("kind", Kinds)
+def test_without_a_transport_nothing_is_given_up(kind: str, log: Logged, tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@gone.test")
+        await bench.settle()
+        await bench.pass_time(2 * SCHEDULE.lifetime)
+        assert bench.spool.backlog == 1
+
+    play(kind, log[0], tmp_path, {}, test)
+    assert "failed" not in [line["event"] for line in log[1]()]
+
+
+def test_mail_without_a_sender_has_its_own_lifetime_and_is_only_logged(log: Logged, tmp_path: Path) -> None:
+    box, sender = Scripted(), Scripted()
+    box.always = LATER
+
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@box.test", sender="", notify="SUCCESS,FAILURE,DELAY")
+        await bench.keep("c@box.test")
+        await bench.settle()
+        await bench.pass_time(SCHEDULE.report_lifetime - 100)
+        assert bench.spool.backlog == 2
+        await bench.pass_time(700)
+        assert bench.spool.backlog == 1
+        assert sender.batches == []
+
+    play("disk", log[0], tmp_path, {"box": box, "x": sender}, test, schedule=TOLD._replace(delay_report=0.0))
+    (line,) = [line for line in log[1]() if line["event"] == "unreported"]
+    assert (line["to"], line["why"]) == ("b@box.test", "not now")
+
+
+@pytest.mark.parametrize("kind", Kinds)
+def test_a_report_that_fails_goes_to_the_postmaster_where_one_is_set(kind: str, log: Logged, tmp_path: Path) -> None:
+    box, sender, post = Scripted(NEVER), Scripted(NEVER), Scripted(NEVER)
+
+    async def test(bench: Bench) -> None:
+        await bench.keep("b@box.test")
+        await bench.settle()
+        assert sender.tried == ["a@x.test"]
+        assert post.tried == ["Postmaster@post.test"]
+        assert told(post) == [("failed", "a@x.test", "5.1.1")]
+        assert bench.spool.backlog == 0, "what fails at the postmaster ends there"
+
+    transports = {"box": box, "x": sender, "post": post}
+    play(kind, log[0], tmp_path, transports, test, postmaster=parse_address("Postmaster@post.test"))
+    assert [line["to"] for line in log[1]() if line["event"] == "unreported"] == ["Postmaster@post.test"]
+
+
+def test_a_report_shows_the_message_wherever_its_body_is(log: Logged, tmp_path: Path) -> None:
+    """In memory, in a file, or dropped from memory and read back."""
+    box, sender = Scripted(needs_body=False), Scripted()
+    box.always = NEVER
+
+    async def test(bench: Bench) -> None:
+        assert isinstance(bench.spool, Spool)
+        for subject, size in (("small", 10), ("large", 200_000)):
+            await bench.keep("b@box.test", body=b"Subject: %s\r\n\r\n%s\r\n" % (subject.encode(), b"x" * size))
+        await bench.settle()
+        spool, offer = bench.spool, bench.spool.on_stored
+
+        def forget(jobs: Any) -> None:
+            for job in jobs:
+                spool.drop(job)
+            offer(jobs)
+
+        spool.on_stored = forget
+        await bench.keep("b@box.test", body=b"Subject: dropped\r\n\r\nx\r\n")
+        await asyncio.sleep(0.05)
+        spool.on_stored = offer
+        await bench.settle()
+        shown = b"".join(body for batch in sender.batches for _, body in batch)
+        for subject in (b"small", b"large", b"dropped"):
+            assert shown.count(b"Subject: " + subject) == 1
+        assert bench.spool.backlog == 0
+
+    play("disk", log[0], tmp_path, {"box": box, "x": sender}, test)
+
+
+class Spy:
+    """Notes in which order reports are kept and marks are made; refuses the first reports when told to."""
+
+    def __init__(self, bench: Bench, refuse: int = 0) -> None:
+        self.steps: list[str] = []
+        self.bench = bench
+        self.refuse = refuse
+        bench.tap.append = self.on_append
+        bench.tap.finish = self.on_finish
+
+    def on_append(self, message: Message, draft: Draft, answer: Callable[[Stored | Refused], None]) -> None:
+        if self.refuse and not message.envelope.reverse_path:
+            self.refuse -= 1
+            draft.abandon()
+            self.steps.append("refused")
+            answer(Refused("no", None))
+            return
+
+        def on_answer(stored: Stored | Refused) -> None:
+            self.steps.append("kept" if stored is STORED else "not kept")
+            answer(stored)
+
+        self.bench.spool.append(message, draft, on_answer)
+
+    def on_finish(self, marks: Sequence[Mark]) -> None:
+        self.steps += ["mark"] * len(marks)
+        self.bench.spool.finish(marks)
+
+
+@pytest.mark.parametrize("kind", Kinds)
+@pytest.mark.parametrize(("notify", "answer"), [("", NEVER), ("SUCCESS", DELIVERED), ("DELAY", LATER)])
+def test_a_report_is_kept_before_the_mark_is_made(
+    kind: str, notify: str, answer: Outcome, log: Logged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastsmtp.reporting.AGAIN_SECONDS", 0.01)
+    box, sender = Scripted(answer), Scripted()
+
+    async def test(bench: Bench) -> None:
+        spy = Spy(bench, refuse=2)
+        await bench.keep("b@box.test", notify=notify)
+        await bench.settle()
+        assert spy.steps == ["refused", "refused", "kept", "mark", "mark"]
+        assert len(told(sender)) == 1
+
+    play(kind, log[0], tmp_path, {"box": box, "x": sender}, test, schedule=TOLD._replace(delay_report=1e-9))
+
+
+@pytest.mark.parametrize("answer", [NEVER, DELIVERED])
+@pytest.mark.parametrize("point", ["before the report", "between report and mark"])
+def test_killed_at_any_point_the_sender_is_told_all_the_same(
+    point: str, answer: Outcome, log: Logged, tmp_path: Path
+) -> None:
+    box, sender = Scripted(answer, answer), Scripted()
+
+    async def dies(bench: Bench) -> None:
+        def on_append(message: Message, draft: Draft, answer: Callable[[Stored | Refused], None]) -> None:
+            bench.tap.finish = lambda marks: None
+            if point == "before the report":
+                draft.abandon()
+                return
+            bench.spool.append(message, draft, answer)
+
+        await bench.keep("b@box.test", notify="SUCCESS,FAILURE")
+        bench.tap.append = on_append
+        for _ in range(40):
+            await asyncio.sleep(0.005)
+        bench.queue._tasks.clear()
+
+    play("disk", log[0], tmp_path, {"box": box, "x": sender}, dies)
+    before = len(sender.batches)
+
+    async def again(bench: Bench) -> None:
+        for _ in range(3):
+            await bench.pass_time(1)
+        assert bench.spool.backlog == 0
+
+    play("disk", log[0], tmp_path, {"box": box, "x": sender}, again)
+    action = "failed" if answer is NEVER else "delivered"
+    assert {(found, address) for found, address, _ in told(sender)} == {(action, "b@box.test")}
+    assert len(sender.batches) > before
+
+
+def test_a_report_that_cannot_be_written_gives_nobody_up(log: Logged, tmp_path: Path) -> None:
+    box = Scripted(NEVER)
+
+    async def test(bench: Bench) -> None:
+        def fail() -> str:
+            raise RuntimeError("broken")
+
+        bench.tap.next_id = fail
+        await bench.keep("b@box.test")
+        await bench.settle()
+        assert bench.spool.backlog == 1
+
+    play("memory", log[0], tmp_path, {"box": box}, test)
+    assert [line["where"] for line in log[1]() if line["event"] == "bug"] == ["report"]
+
+
+def test_at_the_end_nobody_waits_for_a_spool_that_refuses(log: Logged, tmp_path: Path) -> None:
+    async def test(bench: Bench) -> None:
+        Spy(bench, refuse=1 << 30)
+        await bench.keep("b@box.test")
+        await asyncio.sleep(0.05)
+        await asyncio.wait_for(bench.queue.close(), 5)
+        assert bench.spool.backlog == 1
+
+    play("memory", log[0], tmp_path, {"box": Scripted(NEVER)}, test)
