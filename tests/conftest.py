@@ -20,5 +20,9 @@ def pytest_configure() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
-        "--kills", type=int, default=0, metavar="N", help="how often test_kill.py kills; 0: about 12 times, for 40 s"
+        "--kills",
+        type=int,
+        default=0,
+        metavar="N",
+        help="how often test_kill*.py kill; 0: a few times, for some seconds",
     )
