@@ -56,7 +56,7 @@ class Fixed:
         return self.outcome or self.hosts
 
 
-class Lines(logs.Log):
+class Lines:
     """A log that only remembers."""
 
     def __init__(self) -> None:
