@@ -26,3 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="N",
         help="how often test_kill*.py kill; 0: a few times, for some seconds",
     )
+    parser.addoption("--long", action="store_true", help="also what takes minutes: a comparison of two builds")
+
+
+@pytest.fixture
+def long(request: pytest.FixtureRequest) -> None:
+    """For tests that run only by --long."""
+    if not request.config.getoption("--long"):
+        pytest.skip("runs with --long")

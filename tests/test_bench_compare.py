@@ -154,7 +154,7 @@ def on_disk() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def test_a_real_comparison(on_disk: Path, tmp_path: Path) -> None:
+def test_a_real_comparison(long: None, on_disk: Path, tmp_path: Path) -> None:
     """Of the last commit with what is here, built as quickly as can be."""
     needs("git", "gcc")
     pytest.importorskip("pytest_benchmark")

@@ -12,10 +12,7 @@ import fastsmtp
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(fastsmtp.__file__).parent
-TESTS = (
-    *("session", "dialogs", "connection", "commands", "reply", "address", "message"),
-    *("queue", "memory_spool", "maildir", "bodies", "log"),
-)
+TESTS = ("session", "dialogs", "connection", "commands", "reply", "message", "dialogue", "destinations", "memory_spool")
 
 
 def compiled() -> list[Path]:
