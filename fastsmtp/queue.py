@@ -38,7 +38,7 @@ from .selection import Selection
 
 CLAIM = 500  # jobs claimed at once
 FEW = 50  # the same while memory is short; so many may wait then. One alone: 90 messages a second, not 5,000
-WAITING_LIMIT = 5_000  # deliveries that wait for one destination
+WAITING_LIMIT = 5_000  # deliveries that wait for one destination beyond this machine
 CROWDED = 6_000  # deliveries in all lanes, above which no more than FEW may wait for each destination
 IN_MEMORY = 10_000  # deliveries in all lanes, above which none are claimed
 TOGETHER = 60.0  # seconds that a failure waits for the message's other recipients, to be told with theirs
@@ -216,7 +216,7 @@ class Queue:
         if lane is None:
             fates.append(self._fates.unrouted(job, number, NO_ROUTE, name))
             return None
-        if len(lane.waiting) >= most:
+        if lane.cap and len(lane.waiting) >= most:  # local ones take whole batches: the memory budget is their bound
             wait = self._destinations.book(lane)
             fates.append(self._fates.busy(job, number, BUSY, name, wait))
             return None
