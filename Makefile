@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 # All that is compiled, or may be
 SOURCE := $(wildcard fastsmtp/*.py* fastsmtp/*/*.py) setup.py pyproject.toml
 
-.PHONY: run test bench bench-compare fuzz clean
+.PHONY: run test bench bench-compare asan fuzz clean
 
 # Builds in place, so that the source tree is what runs.
 install = test -x $(PYTHON) || python3 -m venv $(VENV); \
@@ -41,10 +41,21 @@ bench: $(VENV)/benched
 bench-compare: $(VENV)/benched
 	$(PYTHON) -m bench.compare $(BASE) $(ARGS)
 
-fuzz: $(VENV)/tested
+# The C modules with AddressSanitizer and UBSan, in a tree of their own; needs clang.
+SANITIZERS := -O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined,fuzzer-no-link -fno-sanitize-recover=undefined
+
+build/sanitized/built: $(wildcard fastsmtp/*.p*) setup.py $(VENV)/tested
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check atheris
-	$(PYTHON) fuzz/fuzz_parser.py -max_total_time=$(or $(SECONDS),60)
-	$(PYTHON) fuzz/fuzz_session.py -max_total_time=$(or $(SECONDS),60)
+	CC=clang LDSHARED='clang -shared' FASTSMTP_PURE=1 FASTSMTP_CFLAGS='$(SANITIZERS)' \
+		$(PYTHON) setup.py --quiet build --build-base build/sanitized --build-lib build/sanitized/lib
+	touch $@
+
+asan: build/sanitized/built
+	fuzz/sanitized -m pytest -p no:cacheprovider tests/test_parser.py tests/test_files.py tests/test_shared.py $(ARGS)
+
+fuzz: build/sanitized/built
+	fuzz/sanitized fuzz/fuzz_parser.py -max_total_time=$(or $(SECONDS),60)
+	fuzz/sanitized fuzz/fuzz_session.py -max_total_time=$(or $(SECONDS),60)
 
 clean:
 	rm -rf $(VENV) build *.egg-info *.so fastsmtp/*.so fastsmtp/*/*.so fastsmtp/_parser.c fastsmtp/_files.c fastsmtp/_shared.c
