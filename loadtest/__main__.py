@@ -1,4 +1,4 @@
-"""`python -m loadtest`: the commands run, verify, sink and compare.
+"""`python -m loadtest`: the commands run, verify, sink, compare and crash.
 
 In: a command line. Out: what the command prints, and its exit code. Each command stands in a module of its own, which
 is imported when it is called or asked for help: what one needs (plots, for example) the others do not pay for.
@@ -20,6 +20,7 @@ COMMANDS = {
     "verify": "Check mailboxes or a sink's record against a ledger.",
     "sink": "Receive mail, for tests of relaying.",
     "compare": "Race servers against each other.",
+    "crash": "Break fastsmtp on purpose, and look for lost mail.",
 }
 
 

@@ -1,0 +1,258 @@
+"""`damage`: what lies in the data directory is not what was put there, when the server starts.
+
+In: a server that was stopped in order with mail that waits, small in the database, large in files of their own. Out: a
+Finding: what was not damaged is delivered, what was is set aside and named in the log, never delivered in part, and the
+server starts. A function for each kind of damage does it and returns the server's ids of the messages that it hit; None
+where nobody can say which: then each message is delivered or the log names it, or the database.
+Where the database is hit its pages are chosen behind the first, which says what the file is: a file whose beginning is
+gone is no spool, and the server says so and does not start, rather than take it for an empty one.
+Not here: damage by the medium while the server runs (crash_broken).
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from inspect import getdoc
+from pathlib import Path
+from typing import TypeAlias
+
+from .crash_disk import Layout
+from .crash_fault import Fault, lost_run
+from .crash_load import Letter
+from .crash_result import Finding
+from .crash_server import CrashError, wait_until
+from .crash_site import LOCAL, Bench, Site, opened
+from .crash_sweep import Steps
+
+PAGE = 4096
+SMALL, LARGE = 10, 4  # messages
+LOG_SECONDS = 1.0
+BOXES = ("a", "b", "c")
+
+Damage: TypeAlias = Callable[["Stock"], set[str] | None]
+
+
+class Stock:
+    """What lies in a spool that is stopped: `letters` by the server's id, those in files in `large`."""
+
+    def __init__(self, data: Path, letters: list[Letter], chance: random.Random) -> None:
+        self.chance = chance
+        self.letters = {letter.kept_as: letter for letter in letters}
+        (self.database,) = data.glob("spool/*/spool.db")
+        self.bodies = self.database.parent / "body"
+        self.large = sorted(path.name for path in self.bodies.iterdir())
+
+    def body(self) -> Path:
+        """One of the files."""
+        return self.bodies / self.chance.choice(self.large)
+
+    def page(self) -> int:
+        """The place of a page of the database, not its first."""
+        return PAGE * self.chance.randrange(1, self.database.stat().st_size // PAGE)
+
+
+def _write(path: Path, place: int, octets: bytes) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(octets)
+
+
+def cut_body(stock: Stock) -> set[str]:
+    """A body file is shorter than it was."""
+    path = stock.body()
+    os.truncate(path, stock.chance.randrange(path.stat().st_size))
+    return {path.name}
+
+
+def lengthen_body(stock: Stock) -> set[str]:
+    """A body file is longer than it was."""
+    path = stock.body()
+    with path.open("ab") as file:
+        file.write(b"more\r\n")
+    return {path.name}
+
+
+def flip_body(stock: Stock) -> set[str]:
+    """A bit of a body file is another."""
+    path = stock.body()
+    octets = path.read_bytes()
+    place = stock.chance.randrange(len(octets))
+    _write(path, place, bytes([octets[place] ^ 1 << stock.chance.randrange(8)]))
+    return {path.name}
+
+
+def swap_bodies(stock: Stock) -> set[str]:
+    """Two body files have changed places; they are of the same length."""
+    one, other = stock.chance.sample(stock.large, 2)
+    between = stock.bodies / "between"
+    (stock.bodies / one).rename(between)
+    (stock.bodies / other).rename(stock.bodies / one)
+    between.rename(stock.bodies / other)
+    return {one, other}
+
+
+def remove_body(stock: Stock) -> set[str]:
+    """A body file is gone."""
+    path = stock.body()
+    path.unlink()
+    return {path.name}
+
+
+def link_body(stock: Stock) -> set[str]:
+    """A symbolic link stands in the place of a body file, to the same octets elsewhere."""
+    path = stock.body()
+    elsewhere = stock.database.parent / "elsewhere"
+    path.rename(elsewhere)
+    path.symlink_to(elsewhere)
+    return {path.name}
+
+
+def pipe_body(stock: Stock) -> set[str]:
+    """A FIFO stands in the place of a body file: whoever opens it would wait for ever."""
+    path = stock.body()
+    path.unlink()
+    os.mkfifo(path)
+    return {path.name}
+
+
+def folder_body(stock: Stock) -> set[str]:
+    """A folder stands in the place of a body file."""
+    path = stock.body()
+    path.unlink()
+    path.mkdir()
+    return {path.name}
+
+
+def add_strangers(stock: Stock) -> set[str]:
+    """Copies of body files under names that are none of ours, and under an id that no message has; folders and a FIFO
+    beside them. All mail is delivered."""
+    path = stock.body()
+    shutil.copy(path, stock.bodies / "copy")
+    shutil.copy(path, stock.bodies / ("0" * len(path.name)))
+    (stock.bodies / "folder").mkdir()
+    os.mkfifo(stock.bodies / "pipe")
+    (stock.database.parent / "notes.txt").write_text("what is this?")
+    return set()
+
+
+def flip_page(stock: Stock) -> None:
+    """Some bits of a page of the database are others."""
+    place = stock.page()
+    for _ in range(8):
+        _write(stock.database, place + stock.chance.randrange(PAGE), stock.chance.randbytes(1))
+
+
+def zero_page(stock: Stock) -> None:
+    """A page of the database holds nothing but zeros."""
+    _write(stock.database, stock.page(), bytes(PAGE))
+
+
+def swap_pages(stock: Stock) -> None:
+    """Two pages of the database have changed places."""
+    one, other = stock.page(), stock.page()
+    octets = stock.database.read_bytes()
+    _write(stock.database, one, octets[other : other + PAGE])
+    _write(stock.database, other, octets[one : one + PAGE])
+
+
+def cut_database(stock: Stock) -> None:
+    """The database ends before its end."""
+    os.truncate(stock.database, stock.page())
+
+
+def add_log(stock: Stock) -> set[str]:
+    """A write-ahead log of octets that mean nothing lies beside the database, and an index of them. All mail is
+    delivered."""
+    for end in ("wal", "shm"):
+        Path(f"{stock.database}-{end}").write_bytes(stock.chance.randbytes(20 * PAGE))
+    return set()
+
+
+def damaged(name: str, damage: Damage) -> Fault:
+    """Each run with a spool of its own."""
+
+    def play(bench: Bench) -> Iterator[Finding]:
+        with ExitStack() as stack:
+            site = stack.enter_context(opened(bench, Layout(), workers=1))
+            for run in bench.numbers:
+                site.server.kill()
+                for path in (site.ground.data, site.ground.mail):
+                    shutil.rmtree(path, ignore_errors=True)
+                site.begin(run, bench.chance(name, run))
+                try:
+                    yield _play_run(site, run, damage)
+                except CrashError as error:
+                    yield lost_run(site, run, str(error))
+                finally:
+                    site.close()
+
+    return Fault(name, play, getdoc(damage) or "")
+
+
+def _play_run(site: Site, run: int, damage: Damage) -> Finding:
+    site.server.start()
+    letters = _leave_mail(site)
+    if code := site.server.stop():
+        raise CrashError(f"exit code {code} after SIGTERM")
+    stock = Stock(site.ground.data, letters, site.chance)
+    hit = damage(stock)
+    for name in BOXES:
+        (site.ground.mail / LOCAL / name).unlink()
+    begun = time.monotonic()
+    site.note_recovery(site.server.start())
+    wait_until(lambda: time.monotonic() - begun > 1 and not site.server.queued(), "an empty queue")
+    aside = _set_aside(site, hit)
+    keys = {f"key {int(one[:13], 32)}": letter.id for one, letter in stock.letters.items()}  # a record without its id
+    names = {one: letter.id for one, letter in stock.letters.items()} | keys
+    found = site.finish(damaged=frozenset(names[one] for one in aside & names.keys()))
+    if hit is not None and hit != aside:
+        found.violations.append(f"set aside are {sorted(aside)}, damaged were {sorted(hit)}")
+    return found
+
+
+def _set_aside(site: Site, hit: set[str] | None) -> set[str]:
+    """What the log names, which is written a moment later."""
+    deadline = time.monotonic() + LOG_SECONDS
+    while True:
+        aside = {str(event["id"]) for event in site.server.events("set-aside")}
+        if aside == hit or time.monotonic() > deadline:
+            return aside
+        time.sleep(0.02)
+
+
+def _leave_mail(site: Site) -> list[Letter]:
+    """Mail that waits, because plain files stand where its mailboxes would be. All large bodies are of one length."""
+    place = site.ground.mail / LOCAL
+    place.mkdir(parents=True)
+    for name in BOXES:
+        (place / name).touch()
+    steps = Steps(site, "d")
+    sizes = [site.chance.randrange(100, 20_000) for _ in range(SMALL)] + [200_000] * LARGE
+    letters = [steps.letter(size, f"{site.chance.choice(BOXES)}@{LOCAL}") for size in sizes]
+    steps.send(letters)
+    wait_until(lambda: len(site.server.events("deferred")) >= len(letters), "mail that waits")
+    return letters
+
+
+_DAMAGES: dict[str, Damage] = {
+    "body-cut": cut_body,
+    "body-longer": lengthen_body,
+    "body-flip": flip_body,
+    "body-swap": swap_bodies,
+    "body-gone": remove_body,
+    "body-link": link_body,
+    "body-pipe": pipe_body,
+    "body-folder": folder_body,
+    "strangers": add_strangers,
+    "page-flip": flip_page,
+    "page-zero": zero_page,
+    "page-swap": swap_pages,
+    "database-cut": cut_database,
+    "log": add_log,
+}
+FAULTS = tuple(damaged(f"damage.{name}", damage) for name, damage in _DAMAGES.items())
