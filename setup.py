@@ -28,8 +28,9 @@ DIRECTIVES = {
 HOT = (
     *("address", "bodies", "commands", "commit", "connection", "destinations", "domains", "extensions", "fate", "ids"),
     *("log", "memory_spool", "message", "queue", "record", "reply", "room", "routes", "service", "session", "spool"),
-    *("verdict", "delivery/body", "delivery/dialogue", "delivery/discard", "delivery/link", "delivery/maildir"),
-    *("delivery/offers", "delivery/replies", "delivery/transaction", "policy/recipients", "policy/relay"),
+    *("terms", "transaction", "verdict", "delivery/body", "delivery/dialogue", "delivery/discard", "delivery/link"),
+    *("delivery/maildir", "delivery/offers", "delivery/replies", "delivery/transaction"),
+    *("policy/recipients", "policy/relay"),
 )
 
 

@@ -22,7 +22,7 @@ from fastsmtp.metrics import Counter
 from fastsmtp.policy import Policy
 from fastsmtp.policy.recipients import Recipients
 from fastsmtp.service import Service
-from fastsmtp.session import Terms
+from fastsmtp.terms import Terms
 
 MESSAGE = b"Subject: bench\r\n\r\n" + (b"X" * 78 + b"\r\n") * 12 + b".\r\n"
 STEPS = (b"MAIL FROM:<a@x.test>\r\n", b"RCPT TO:<b@y.test>\r\n", b"DATA\r\n", MESSAGE)

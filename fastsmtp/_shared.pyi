@@ -10,6 +10,10 @@ class Shared:
 
     The table of destinations has 16,384 places of which a destination uses one while a slot is taken, and until another
     needs it. `key` is a number of 64 bits other than 0; times are those of the machine's monotonic clock, in seconds.
+
+    Rates: each `key` may spend `burst` at once, and one more each `interval` seconds; of 458,752 keys in sets of 7 the
+    one that owes least is forgotten for a new one in its set. What is open: 126,976 keys in sets of 31, each kept as
+    long as something of it is open. Their keys are made by `key`.
     """
 
     workers: int
@@ -32,8 +36,8 @@ class Shared:
         """The sessions open in all workers."""
 
     def clear(self, worker: int) -> int:
-        """Takes a dead worker's heartbeat, open sessions and slots off; how many sessions these were. Its counters
-        stay."""
+        """Takes a dead worker's heartbeat, open sessions, slots and all it has open off; how many sessions these
+        were. Its counters stay."""
 
     def add(self, worker: int, counter: int, n: int) -> None:
         """Adds n to a counter in the worker's column."""
@@ -70,6 +74,30 @@ class Shared:
 
     def forget_all(self) -> None:
         """The same for every destination."""
+
+    def key(self, kind: int, data: bytes) -> int:
+        """The key of something: a hash of 64 bits under a secret that lives as long as this memory (SipHash-1-3)."""
+
+    def spend(self, key: int, interval: float, burst: float, now: float, n: int = 1) -> float:
+        """0.0: there were n, and they are spent. Else nothing is spent: seconds until there will be n. Exact over all
+        processes. A negative n gives back, down to nothing owed. ValueError: `burst * interval` is no time up to a day,
+        or n is 0."""
+
+    def owes(self, key: int, interval: float, burst: float, now: float, n: int = 1) -> float:
+        """The same, with nothing spent."""
+
+    def forgive(self, key: int) -> None:
+        """The key may spend as if it never had."""
+
+    def enter(self, worker: int, key: int, cap: int) -> bool:
+        """Opens one more under a key. False: `cap` are open, or there is no place for the key now. Never more than
+        `cap` are open; when workers come at the same instant, one may be refused although one is free."""
+
+    def leave(self, worker: int, key: int) -> None:
+        """Closes one that this worker opened."""
+
+    def entered(self, key: int) -> int:
+        """How many all workers have open."""
 
 def die_with_parent(signal: int) -> None:
     """The kernel sends this process `signal` when the thread that forked it ends (PR_SET_PDEATHSIG).

@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import os
 import pwd
-import re
 import socket
-import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
 from . import tls
+from .certificates import CertificateError, files_of, read_demands, read_file, read_pair, read_pairs, try_all
 from .claim import explain_password, read_password
-from .config import Config, Maildir, Pipe, Smtp, Transport, Unix
+from .config import Auth, Config, Maildir, Pipe, Postgresql, Smtp, Sql, Transport, Unix
+from .credentials.file import UsersError, read_users
+from .credentials.oauth import missing_library, parse_keys
 from .delivery.runner import explain_arguments, make_command
+from .list_watch import check_lists
+from .sql import missing_driver
 from .toml_lines import Place
 
 
 def check_machine(config: Config) -> Iterator[tuple[Place, str]]:
     """What stands between this configuration and a server on this machine."""
-    if config.tls:
-        yield from _check_certificate(config.tls.certificate, config.tls.key)
+    yield from _check_tls(config)
     if wrong := _check_folder(config.data_dir):
         yield ("data_dir",), wrong
     account = _find_user(config.user)
@@ -35,9 +37,65 @@ def check_machine(config: Config) -> Iterator[tuple[Place, str]]:
         for endpoint in listener.address:
             if isinstance(endpoint, Unix) and not endpoint.path.parent.is_dir():
                 yield ("listener", i, "address"), f"{endpoint.path.parent} is no folder"
+    yield from check_lists(config)
+    for path, wrong in _check_auth(config.auth):
+        yield ("auth", *path), wrong
+    for name, database in config.sql.items():
+        for key, wrong in _check_database(database):
+            yield ("sql", name, key), wrong
     for name, way in config.transport.items():
         for key, wrong in _check_transport(way, account):
             yield ("transport", name, key), wrong
+
+
+def _check_auth(auth: Auth) -> Iterator[tuple[tuple[str, ...], str]]:
+    if auth.users_file is not None:
+        try:
+            read_users(auth.users_file)
+        except UsersError as error:
+            yield ("users_file",), str(error)
+    if auth.dovecot is not None and not auth.dovecot.socket.is_socket():
+        yield ("dovecot", "socket"), f"{auth.dovecot.socket} is no socket"
+    oauth = auth.oauth
+    if oauth is None:
+        return
+    if (secret := oauth.client_secret_file) is not None:
+        try:
+            read_password(secret)
+        except (OSError, ValueError) as error:
+            yield ("oauth", "client_secret_file"), f"{secret} {explain_password(error)}"
+    if oauth.ca_file is not None and (wrong := _check_authorities(oauth.ca_file)):
+        yield ("oauth", "ca_file"), wrong
+    if not oauth.introspection and (wrong := missing_library()):
+        yield ("oauth",), wrong
+    elif oauth.keys_file is not None:
+        try:
+            parse_keys(oauth.keys_file.read_bytes())
+        except OSError as error:
+            yield ("oauth", "keys_file"), f"{oauth.keys_file} cannot be read: {error.strerror}"
+        except ValueError as error:
+            yield ("oauth", "keys_file"), f"{oauth.keys_file}: {error}"
+
+
+def _check_authorities(path: Path) -> str:
+    try:
+        tls.client_context(verify=True, ca_file=path)
+    except OSError as error:  # ssl.SSLError is one
+        return f"{path} holds no certificate that can be read: {error.strerror}"
+    return ""
+
+
+def _check_database(section: Sql) -> Iterator[tuple[str, str]]:
+    if isinstance(section.database, Postgresql):
+        if wrong := missing_driver():
+            yield "database", wrong
+    elif not os.access(section.database.path, os.R_OK):
+        yield "database", f"{section.database.path} cannot be read"
+    if section.password_file is not None:
+        try:
+            read_password(section.password_file)
+        except (OSError, ValueError) as error:
+            yield "password_file", f"{section.password_file} {explain_password(error)}"
 
 
 def _find_user(name: str) -> pwd.struct_passwd | None:
@@ -61,11 +119,8 @@ def _check_transport(way: Transport, account: pwd.struct_passwd | None) -> Itera
                     read_password(way.password_file)
                 except (OSError, ValueError) as error:
                     yield "password_file", f"{way.password_file} {explain_password(error)}"
-            if way.ca_file is not None:
-                try:
-                    tls.client_context(verify=True, ca_file=way.ca_file)
-                except OSError as error:  # ssl.SSLError is one
-                    yield "ca_file", f"{way.ca_file} holds no certificate that can be read: {error.strerror}"
+            if way.ca_file is not None and (wrong := _check_authorities(way.ca_file)):
+                yield "ca_file", wrong
             for address in way.source:
                 if not _is_ours(str(address)):
                     yield "source", f"{address} is no address of this machine"
@@ -105,25 +160,30 @@ def _check_folder(folder: Path) -> str:
     return ""
 
 
-def _check_certificate(certificate: Path, key: Path) -> Iterator[tuple[Place, str]]:
-    unreadable = False
-    for name, path, mark in (
-        ("certificate", certificate, rb"-----BEGIN (TRUSTED )?CERTIFICATE-----"),
-        ("key", key, rb"-----BEGIN [A-Z ]*PRIVATE KEY-----"),
-    ):
-        try:
-            wrong = "" if re.search(mark, path.read_bytes()) else f"there is no PEM {name} in {path}"
-        except OSError as error:
-            wrong = f"{path} cannot be read: {error.strerror}"
-        if wrong:
-            unreadable = True
-            yield ("tls", name), wrong
-    if unreadable:
-        return
+def _check_tls(config: Config) -> Iterator[tuple[Place, str]]:
+    """Certificates, keys, and what is asked of clients."""
+    good = True
+    for number, files in enumerate(files_of(config)):
+        place: Place = ("tls", "also", number - 1) if number else ("tls",)
+        wrong: list[CertificateError] = []
+        keys = ("certificate", "key") if files[0] != files[1] else ("certificate",)
+        for path, key in zip(files, keys, strict=False):
+            try:
+                read_file(path, key)
+            except CertificateError as error:
+                wrong.append(error)
+        if not wrong:
+            try:
+                read_pair(*files)
+            except CertificateError as error:
+                wrong.append(error)
+        for one in wrong:
+            good = False
+            yield (*place, *([one.key] if one.key else [])), str(one)
     try:
-        tls.server_context(certificate, key)
-    except ssl.SSLError as error:
-        if getattr(error, "reason", None) == "KEY_VALUES_MISMATCH":
-            yield ("tls", "key"), f"the key in {key} does not belong to the certificate in {certificate}"
-        else:
-            yield ("tls",), f"{certificate} and {key} cannot be used: {error.args[-1]}"
+        demands = read_demands(config)
+        if good and demands:
+            try_all(demands.values(), read_pairs(config))
+    except CertificateError as error:
+        who = [i for i, one in enumerate(config.listener) if one.client_ca and str(one.client_ca) in str(error)]
+        yield (("listener", who[0], "client_ca") if error.key == "client_ca" else ("tls", "ciphers")), str(error)

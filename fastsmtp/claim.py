@@ -13,14 +13,18 @@ import fcntl
 import os
 import pwd
 import socket
-import ssl
 import stat
+from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 
-from . import tls
+from .certificates import CertificateError, read_demands, read_pairs, try_all
 from .config import Config, Inet, Pipe, Smtp, Unix
 from .delivery.runner import Command, make_command
-from .seat import BACKLOG
+from .list_watch import prepare
+from .lists import ListError
+from .reload import Key, keys_of
+from .seat import BACKLOG, Settings
 
 PASSWORD_LIMIT = 8192  # octets: tokens are long
 
@@ -30,13 +34,21 @@ class StartError(Exception):
 
 
 class Listening:
-    """An address that is listened on: a socket for each worker, or one that they share."""
+    """An address that is listened on: a socket for each worker, or one that they share. `number` is its own as long
+    as the server runs, `key` what it is called in the configuration."""
 
-    __slots__ = ("address", "file", "listener", "sockets")
+    __slots__ = ("address", "file", "key", "listener", "number", "sockets")
 
     def __init__(
-        self, listener: int, address: str, sockets: list[socket.socket], file: tuple[Path, int] | None = None
+        self,
+        key: Key,
+        listener: int,
+        address: str,
+        sockets: list[socket.socket],
+        file: tuple[Path, int] | None = None,
     ) -> None:
+        self.key = key
+        self.number = -1
         self.listener = listener
         self.address = address
         self.sockets = sockets
@@ -119,6 +131,10 @@ def _make_folder(path: Path, account: pwd.struct_passwd | None) -> None:
         folder = folder.parent
     for folder in reversed(missing):
         folder.mkdir(0o700 if folder == path else 0o755)
+        if folder == path:
+            # Programs of all users reach the sockets in it that they send mail through, and see nothing else of it:
+            # every other folder in it is its owner's alone.
+            folder.chmod(0o711)
         parent = os.open(folder.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             os.fsync(parent)
@@ -133,41 +149,33 @@ def _make_folder(path: Path, account: pwd.struct_passwd | None) -> None:
         os.chown(path, account.pw_uid, account.pw_gid)
 
 
-def make_contexts(config: Config) -> dict[int, ssl.SSLContext]:
-    """The TLS context of each listener that has one, by its index."""
-    contexts: dict[int, ssl.SSLContext] = {}
-    for number, listener in enumerate(config.listener):
-        if not config.tls or listener.tls == "off":
-            continue
-        certificate, key = config.tls.certificate, config.tls.key
-        for path in (certificate, key):  # the ssl module does not say which of the two it cannot read
-            try:
-                os.close(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-            except OSError as error:
-                raise StartError(f"tls: {path}: {error.strerror}") from None
-        try:
-            contexts[number] = tls.server_context(certificate, key, config.tls.minimum)
-        except ssl.SSLError as error:
-            raise StartError(f"tls: {certificate} with {key}: {_explain_tls(error)}") from None
-    return contexts
-
-
-def _explain_tls(error: ssl.SSLError) -> str:
-    text = str(error.args[-1])
-    if "KEY_VALUES_MISMATCH" in text:
-        return "the key is not the certificate's"
-    return "no certificate or no private key in it, as PEM" if "PEM" in text else text
+def read_settings(config: Config) -> Settings:
+    """What every worker needs of files that only this process may read."""
+    try:
+        demands = read_demands(config)
+        pairs = read_pairs(config) if demands else ()
+        try_all(demands.values(), pairs)
+    except CertificateError as error:
+        raise StartError(f"tls: {error}") from None
+    return Settings(config, read_passwords(config), pairs, demands)
 
 
 def read_passwords(config: Config) -> dict[str, str]:
-    """The password of each transport that has one, by the transport's name."""
+    """The password of each transport and database that has one, by the transport's name, or "[sql.NAME]"; of
+    introspection by "[auth.oauth]"."""
+    smarthosts = {name: way for name, way in config.transport.items() if isinstance(way, Smtp)}
     passwords: dict[str, str] = {}
-    for name, way in config.transport.items():
-        if isinstance(way, Smtp) and way.password_file is not None:
+    oauth = config.auth.oauth
+    for key, place, path in (
+        *((name, f"transport.{name}", way.password_file) for name, way in smarthosts.items()),
+        *((f"[sql.{name}]", f"sql.{name}", database.password_file) for name, database in config.sql.items()),
+        ("[auth.oauth]", "auth.oauth", oauth.client_secret_file if oauth is not None else None),
+    ):
+        if path is not None:
             try:
-                passwords[name] = read_password(way.password_file)
+                passwords[key] = read_password(path)
             except (OSError, ValueError) as error:
-                raise StartError(f"transport.{name}: {way.password_file} {explain_password(error)}") from None
+                raise StartError(f"{place}: {path} {explain_password(error)}") from None
     return passwords
 
 
@@ -182,6 +190,16 @@ def make_commands(config: Config, account: pwd.struct_passwd | None) -> dict[str
             except ValueError as error:
                 raise StartError(f"transport.{name}: {error}") from None
     return commands
+
+
+def prepare_lists(config: Config, account: pwd.struct_passwd | None) -> None:
+    """Every list of the configuration is there in its present version; workers only open them."""
+    try:
+        prepare(config, partial(drop_privileges, account) if account is not None else None)
+    except ListError as error:
+        raise StartError(f"list {error}") from None
+    except OSError as error:
+        raise StartError(f"lists cannot be compiled: {error.strerror}") from None
 
 
 def read_password(path: Path) -> str:
@@ -206,17 +224,24 @@ def explain_password(error: OSError | ValueError) -> str:
     return f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
 
 
-def bind(config: Config, account: pwd.struct_passwd | None) -> list[Listening]:
-    """Listens on every address of the configuration; on all of them, or on none."""
+def bind(
+    config: Config, account: pwd.struct_passwd | None, bound: Collection[Key] = (), first: int = 0
+) -> list[Listening]:
+    """Listens on every address of the configuration that is not bound; on all of them, or on none. They are numbered
+    from `first`."""
     listening: list[Listening] = []
     try:
-        for number, listener in enumerate(config.listener):
-            for endpoint in listener.address:
-                if isinstance(endpoint, Unix):
-                    listening.append(_bind_unix(number, endpoint.path, listener.mode, account))
-                else:
-                    for family, address in _resolve(endpoint):
-                        listening.append(_bind_inet(number, family, address, config.worker_count))
+        for key, number in keys_of(config).items():
+            endpoint = key[0]
+            if key in bound:
+                continue
+            if isinstance(endpoint, Unix):
+                listening.append(_bind_unix(key, number, endpoint.path, config.listener[number].mode, account))
+            else:
+                for family, address in _resolve(endpoint):
+                    listening.append(_bind_inet(key, number, family, address, config.worker_count))
+        for place, one in enumerate(listening, first):
+            one.number = place
     except StartError:
         for one in listening:
             one.close()
@@ -233,7 +258,7 @@ def _resolve(endpoint: Inet) -> list[tuple[int, Inet]]:
     return list(dict.fromkeys((family, Inet(str(address[0]), endpoint.port)) for family, *_, address in found))
 
 
-def _bind_inet(listener: int, family: int, endpoint: Inet, workers: int) -> Listening:
+def _bind_inet(key: Key, listener: int, family: int, endpoint: Inet, workers: int) -> Listening:
     sockets: list[socket.socket] = []
     host, port = endpoint.host, endpoint.port
     try:
@@ -256,7 +281,7 @@ def _bind_inet(listener: int, family: int, endpoint: Inet, workers: int) -> List
         for one in sockets:
             one.close()
         raise StartError(f"listener {endpoint}: {_explain_bind(error)}") from None
-    return Listening(listener, str(Inet(host, port)), sockets)
+    return Listening(key, listener, str(Inet(host, port)), sockets)
 
 
 def _explain_bind(error: OSError) -> str:
@@ -267,7 +292,7 @@ def _explain_bind(error: OSError) -> str:
     return error.strerror or str(error)
 
 
-def _bind_unix(listener: int, path: Path, mode: int, account: pwd.struct_passwd | None) -> Listening:
+def _bind_unix(key: Key, listener: int, path: Path, mode: int, account: pwd.struct_passwd | None) -> Listening:
     one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
         _remove_stale(path)
@@ -279,7 +304,7 @@ def _bind_unix(listener: int, path: Path, mode: int, account: pwd.struct_passwd 
         if account:
             os.chown(path, account.pw_uid, account.pw_gid, follow_symlinks=False)
         one.listen(BACKLOG)
-        return Listening(listener, f"unix:{path}", [one], (path, path.lstat().st_ino))
+        return Listening(key, listener, f"unix:{path}", [one], (path, path.lstat().st_ino))
     except OSError as error:
         one.close()
         raise StartError(f"listener unix:{path}: {_explain_bind(error)}") from None

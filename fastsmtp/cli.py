@@ -1,4 +1,4 @@
-"""The command line: `fastsmtp serve` and `fastsmtp check`; `queue` and `sendmail` stand in files of their own.
+"""The command line: `fastsmtp serve` and `fastsmtp check`; other commands stand in files of their own.
 
 In: arguments and a configuration file. Out: text for people (stdout: what was asked for; stderr: errors, and the
 banner of `serve`), or JSON for programs; exit code 0, 1 (the configuration or the machine does not allow it) or
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -18,12 +19,14 @@ from typing import Any
 import click
 
 from . import sendmail
+from .as_command import AsError, parse_wishes, play, render_json, render_text
 from .check import check_machine
 from .config import (
     DEFAULT,
     SECTIONS,
     Config,
     ConfigError,
+    Domain,
     Lmtp,
     Maildir,
     Pipe,
@@ -37,10 +40,15 @@ from .config import (
     problem_at,
     warnings,
 )
-from .queue_command import queue
+from .queue_command import CONFIG_VARIABLE, queue
+from .reload_command import reload
+from .user_command import user
 
 _FILE = click.Path(path_type=Path)
-_RESTART = "user, workers, data_dir and new ports below 1024 need a restart"
+_RESTART = (
+    "`fastsmtp reload` applies changes; user, workers, data_dir, [spool], [log], limits.memory and the mode of unix "
+    "sockets need a restart"
+)
 
 
 def _version() -> str:
@@ -84,7 +92,13 @@ def main() -> None:
 
 
 @main.command()
-@click.option("--config", "file", type=_FILE, help="The configuration; without it, an embedded default.")
+@click.option(
+    "--config",
+    "file",
+    type=_FILE,
+    envvar="NO",
+    help=f"The configuration (also: {CONFIG_VARIABLE}); without it, an embedded default.",
+)
 def serve(file: Path | None) -> None:
     """Serve until told to stop (Ctrl-C or SIGTERM)."""
     try:
@@ -101,10 +115,19 @@ def serve(file: Path | None) -> None:
             _say(*_banner(config, addresses), err=True)
 
     try:
-        sys.exit(supervisor.run(config, announce, worker=server.run))
+        source = None if file is None else lambda: read_checked(file)
+        sys.exit(supervisor.run(config, announce, worker=server.run, source=source, file=str(file or "")))
     except StartError as error:
         _say(f"fastsmtp: {error}", err=True)
         sys.exit(1)
+
+
+def read_checked(file: Path) -> Config:
+    """A configuration with which a server would start on this machine. Raises ConfigError."""
+    config = load(file)
+    if problems := [problem_at(file, place, message) for place, message in check_machine(config)]:
+        raise ConfigError(problems)
+    return config
 
 
 def _banner(config: Config, addresses: list[str]) -> list[str]:
@@ -137,13 +160,24 @@ def hand_over(arguments: tuple[str, ...]) -> None:
 
 
 main.add_command(queue)
+main.add_command(user)
+main.add_command(reload)
 
 
 @main.command()
-@click.option("--config", "file", type=_FILE, help="The configuration file.")
+@click.option(
+    "--config", "file", type=_FILE, envvar="NO", help=f"The configuration file (also: {CONFIG_VARIABLE})."
+)
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@click.option(
+    "--as",
+    "envelope",
+    metavar="WORDS",
+    help='Play an envelope and say what decides it: "client=203.0.113.9 helo=x.test from=a@x.test to=b@y.test", '
+    "perhaps user= and listener=.",
+)
 @click.option("--describe", is_flag=True, help="Print the reference of all keys, in Markdown, and end.")
-def check(file: Path | None, as_json: bool, describe: bool) -> None:
+def check(file: Path | None, as_json: bool, envelope: str | None, describe: bool) -> None:
     """Say what is wrong with a configuration, where, and what was expected; exit code 0 or 1."""
     if describe:
         _say(render_reference().removesuffix("\n"))
@@ -156,6 +190,9 @@ def check(file: Path | None, as_json: bool, describe: bool) -> None:
         problems = [problem_at(file, place, message) for place, message in check_machine(config)]
     except ConfigError as error:
         problems = error.errors
+    if envelope is not None and config is not None and not problems:
+        _explain(config, envelope, as_json)
+        return
     if as_json:
         _say(json.dumps(_report(config, problems), indent=2, ensure_ascii=False))
     else:
@@ -163,6 +200,17 @@ def check(file: Path | None, as_json: bool, describe: bool) -> None:
         if config is not None and not problems:
             _say(f"{file}: no errors", *_summary(config))
     sys.exit(1 if problems else 0)
+
+
+def _explain(config: Config, envelope: str, as_json: bool) -> None:
+    """What becomes of an envelope; exit code 1 when that cannot be said."""
+    try:
+        wishes = parse_wishes(envelope)
+        decisions = play(config, wishes)
+    except AsError as error:
+        _say(f"--as: {error}", err=True)
+        sys.exit(1)
+    _say(*([render_json(wishes, decisions)] if as_json else render_text(decisions)))
 
 
 def _report(config: Config | None, problems: list[Problem]) -> dict[str, object]:
@@ -173,21 +221,39 @@ def _report(config: Config | None, problems: list[Problem]) -> dict[str, object]
     }
 
 
+def _senders(data_dir: Path) -> str:
+    """Which users of this machine reach the sockets for their mail."""
+    for folder in (data_dir, *data_dir.absolute().parents):
+        if folder.is_dir() and not folder.stat().st_mode & stat.S_IXOTH:
+            return f"root and the user of the server: {folder} is closed to others (chmod o+x)"
+    return "all users of this machine"
+
+
+def _recipients(domain: Domain) -> str:
+    if domain.recipients == "any":
+        return "any recipient"
+    known = domain.recipients
+    return f"{len(known)} recipients" if isinstance(known, tuple) else f"recipients of {known}"
+
+
 def _summary(config: Config) -> list[str]:
     """What a server with this configuration would do, and what seems odd about it."""
     lines = ["", f"{config.hostname}: {config.worker_count} workers, spool in {config.data_dir}", ""]
     for listener in config.listener:
         where = ", ".join(map(str, listener.address))
         lines.append(f"listener   {where}  role {listener.role}, tls {listener.tls}")
-    for domain in config.domain:
-        who = "any recipient" if domain.recipients == "any" else f"{len(domain.recipients)} recipients"
-        lines.append(f"domain     {domain.name}  {who}, by {domain.transport}")
+    lines += [f"domain     {row.name}  {_recipients(row)}, by {row.transport}" for row in config.domain]
     lines += [f"route      {route.domain}  by {route.transport}" for route in config.route]
     if config.relay.transport:
-        who = ", ".join(map(str, config.relay.networks)) or "nobody"
+        users = ["users"] if config.auth.stores and any(listener.auth for listener in config.listener) else []
+        who = ", ".join([*users, *map(str, config.relay.networks)]) or "nobody"
         lines.append(f"relay      any other domain, for {who}, by {config.relay.transport}")
+    elif not any(route.domain == "*" for route in config.route):
+        told = "goes to the postmaster" if config.queue.report_postmaster else "is only logged"
+        lines.append(f"relay      nothing; a report to a sender whom no route reaches {told}")
     for name, way in config.transport.items():
         lines.append(f"transport  {name}  {way.type} {_where(way)}".rstrip())
+    lines.append(f"sendmail   for {_senders(config.data_dir)}")
     lines += ["", *(f"warning: {warning}" for warning in warnings(config)), f"note: {_RESTART}"]
     return lines
 
@@ -217,7 +283,10 @@ One TOML file: `fastsmtp serve --config FILE` reads it, `fastsmtp check --config
 where. A **duration** is text such as `"30s"`, `"5m"`, `"1h30m"` or `"5d"`, or a number of seconds. A **size** is
 text such as `"64KB"`, `"50MB"` or `"1GB"` (1 KB is 1,024 octets), or a number of octets. Relative paths start at
 the file's folder. Domain names may be written in any script. A key without a default must be given where its table
-stands. Changes take effect at a restart.
+stands. Changes take effect at a
+restart or, without ending a session, at `fastsmtp reload --config FILE` (or SIGHUP to the server's first process): a
+wrong configuration changes nothing, and what needs a restart is named (`user`, `workers`, `data_dir`, `[spool]`,
+`[log]`, `limits.memory`, the `mode` of a unix socket).
 
 Without a file this holds, and relative paths start at the current folder:
 """

@@ -4,7 +4,8 @@ In: a verb and the octets behind it, as the parser cut them. Out: the row of the
 commands that carry one. The rules that hold for many verbs (which listeners know it, what must have come before,
 whether it takes an argument, whether it counts as useless) are columns here and are applied in one place, in
 session.py. Nothing here knows the state of a session.
-Raises CommandError with the reply for the client. RFC 5321 4.1.1; RFC 3030 2; RFC 2033 4; RFC 1985; RFC 2645.
+Raises CommandError with the reply for the client. RFC 5321 4.1.1; RFC 3030 2; RFC 2033 4; RFC 4954 4; RFC 1985;
+RFC 2645.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from ._parser import Line
-from .address import NULL, Address, AddressError, parse_domain, parse_path
+from .address import NULL, Address, AddressError, parse_address, parse_domain, parse_path
 from .extensions import (
     MAIL_PARAMETERS,
     NO_PARAMETERS,
@@ -77,6 +78,7 @@ TABLE = (
     Verb("VRFY", REQUIRED, useless=True),
     Verb("EXPN", REQUIRED, useless=True),
     Verb("STARTTLS", NONE, barrier=True, open=True, odmr=True),
+    Verb("AUTH", REQUIRED, barrier=True, open=True, useless=True, odmr=True),
     Verb("ETRN", REQUIRED, after_helo=True, useless=True, odmr=True),
     # The octets behind it are those of another server.
     Verb("ATRN", barrier=True, after_helo=True, useless=True, odmr=True),
@@ -84,11 +86,11 @@ TABLE = (
 VERBS = {verb.name.encode(): verb for verb in TABLE}
 
 # Known and not done: never "unknown". TURN hands the role over without proof, the next three left the protocol.
-NOT_IMPLEMENTED = frozenset((b"AUTH", b"TURN", b"SEND", b"SOML", b"SAML", b"XCLIENT", b"XFORWARD"))
+NOT_IMPLEMENTED = frozenset((b"TURN", b"SEND", b"SOML", b"SAML", b"XCLIENT", b"XFORWARD"))
 # A web browser, or a page that makes one post a form to us: not a mail client.
 FOREIGN = frozenset((b"GET", b"POST", b"CONNECT", b"PUT"))
 
-BARRIERS = frozenset(verb.name.encode() for verb in TABLE if verb.barrier) | FOREIGN | {b"AUTH"}
+BARRIERS = frozenset(verb.name.encode() for verb in TABLE if verb.barrier) | FOREIGN
 
 
 class Bdat(NamedTuple):
@@ -145,6 +147,20 @@ def _parse_path(line: Line, word: bytes, brackets: bool, bad: Reply) -> tuple[Ad
     return address, is_ascii, tail
 
 
+def parse_name(rest: bytes) -> Address:
+    """What VRFY and EXPN ask about: a mailbox, or what stands before the "@" of one here, with brackets or without."""
+    text = rest.decode("utf-8", "replace").strip(" ")
+    if text.upper().endswith(" SMTPUTF8"):  # RFC 6531 3.7.4.2
+        text = text[: -len(" SMTPUTF8")].rstrip(" ")
+    text = text.removeprefix("<").removesuffix(">")
+    bare = "@" not in text
+    try:
+        address = parse_address(f"{text}@local.invalid" if bare else text)
+    except AddressError:
+        raise CommandError(R501_BAD_RECIPIENT) from None
+    return Address(address.local, "") if bare else address
+
+
 _BDAT = re.compile(rb"([0-9]{1,20})( +LAST)?", re.IGNORECASE)
 
 
@@ -153,6 +169,12 @@ def parse_bdat(rest: bytes) -> Bdat:
     if match is None:
         raise CommandError(R501_BAD_BDAT)
     return Bdat(int(match[1]), match[2] is not None)
+
+
+def parse_auth(rest: bytes) -> tuple[str, bytes]:
+    """AUTH mechanism [initial-response]: the mechanism's name, and what stands behind it."""
+    mechanism, _, initial = rest.partition(b" ")
+    return mechanism.decode("ascii", "replace").upper(), initial
 
 
 _QUEUE = re.compile(r"#[A-Za-z0-9._-]{1,64}")

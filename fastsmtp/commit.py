@@ -7,12 +7,14 @@ from handing one over until its answer nothing touches that connection, what com
 A commit that failed leaves its batch undecided. Its senders hear a 4xx only when their messages have been
 deleted and that is on the disk; else they hear nothing. Its marks go into the next batch. Until the store works
 again no message is taken, and nothing may be sent: what cannot be marked would be sent twice.
+A report brings the marks that it tells of: both are there, or neither. Such a batch is decided by looking: where its
+report is found it was durable, and nothing of it is taken back.
 """
 
 from __future__ import annotations
 
 from asyncio import AbstractEventLoop, Future, Task, sleep, wait
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -45,24 +47,38 @@ def refusal(full: bool) -> Refused:
 
 
 class Entry:
-    """A message that waits for its commit."""
+    """A message that waits for its commit. `marks`: of other messages, to be made with it."""
 
-    __slots__ = ("answer", "draft", "job", "row")
+    __slots__ = ("answer", "draft", "job", "marks", "row")
 
-    def __init__(self, row: Row, job: Job, draft: FileDraft, answer: Callable[[Stored | Refused], None]) -> None:
+    def __init__(
+        self,
+        row: Row,
+        job: Job,
+        draft: FileDraft,
+        answer: Callable[[Stored | Refused], None],
+        marks: Sequence[Mark] = (),
+    ) -> None:
         self.row = row
         self.job = job
         self.draft = draft
         self.answer = answer
+        self.marks = marks
 
 
 class _Round:
-    """One batch, with those who wait for it."""
+    """One batch, with those who wait for it. `told` are the marks that its reports bring, which stand behind the first
+    `later` and `partly` rows of the batch, and `over` the jobs that end with them."""
 
-    __slots__ = ("batch", "done", "entries", "released", "watchers")
+    __slots__ = ("batch", "done", "entries", "later", "over", "partly", "released", "reports", "told", "watchers")
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
+        self.reports: list[Entry] = []  # of `entries`, taken out when the batch has failed
+        self.told: list[Mark] = []
+        self.over: list[Job] = []
+        self.later = 0
+        self.partly = 0
         self.done: list[Job] = []
         self.released: list[Job] = []
         self.watchers: list[Future[bool]] = []
@@ -133,18 +149,21 @@ class GroupCommit:
         waiting = self._waiting
         if mark.due is not None:
             job.tried[mark.number] = mark
-            due = int(mark.due * 1000)
-            waiting.later.append((due, mark.attempts, mark.reason, mark.reported, mark.key, mark.number))
+            waiting.later.append(_later_row(mark, mark.due))
         else:
             job.pending.remove(mark.number)
             if job.pending:
                 waiting.partly.append((mark.key, mark.number))
             else:
                 self._done.append(job)
-                self._freed += job.message.size
-                self._room.jobs -= job.held
-                job.held = 0
+                self._forget_octets(job)
         self._schedule()
+
+    def _forget_octets(self, job: Job) -> None:
+        """Of a job that is over."""
+        self._freed += job.message.size
+        self._room.jobs -= job.held
+        job.held = 0
 
     def release(self, job: Job) -> None:
         """Lets a job go, behind the marks that came before."""
@@ -195,7 +214,7 @@ class GroupCommit:
             await wait({self._recovery}, timeout=CLOSE_SECONDS)
             if self._recovery is not None:
                 self._recovery.cancel()
-                self._answer(self._round.entries, Refused(UNDECIDED, None))
+                self._answer([*self._round.entries, *self._round.reports], Refused(UNDECIDED, None))
                 break
         self.healthy = False
         self._busy = True  # for good: a mark that comes later would open the database anew
@@ -248,6 +267,9 @@ class GroupCommit:
             if work.entries and (rows > ROWS or octets > BATCH_OCTETS):
                 break
             work.entries.append(entry)
+            if entry.marks:
+                work.told.extend(entry.marks)
+                rows += len(entry.marks)
             batch.messages.append(entry.row)
             arrived = int(job.message.arrived)
             for number, recipient in enumerate(recipients):
@@ -264,10 +286,45 @@ class GroupCommit:
             batch.hold, waiting.hold = waiting.hold[:ROWS], waiting.hold[ROWS:]
             batch.wake, waiting.wake = waiting.wake[:ROWS], waiting.wake[ROWS:]
             batch.erased, waiting.erased = waiting.erased[:ROWS], waiting.erased[ROWS:]
+        work.later, work.partly = len(batch.later), len(batch.partly)
+        if work.told:
+            self._add_told(work)
         if not waiting and not self._done:  # a job is let go only behind the last of its marks
             work.released, self._released = self._released, []
             work.watchers, self._watchers = self._watchers, []
         return work
+
+    def _add_told(self, work: _Round) -> None:
+        """The marks of reports. What was set aside meanwhile stays as it is: its sender is told all the same."""
+        batch = work.batch
+        held = self._scan.held
+        work.told = [mark for mark in work.told if mark.key in held and mark.key not in self._asides]
+        finished: dict[int, set[int]] = {}
+        for mark in work.told:
+            if mark.due is not None:
+                batch.later.append(_later_row(mark, mark.due))
+            else:
+                finished.setdefault(mark.key, set()).add(mark.number)
+        for key, numbers in finished.items():
+            if numbers.issuperset(held[key].pending):
+                work.over.append(held[key])
+                batch.done.append(key)
+            else:
+                batch.partly.extend([(key, number) for number in numbers])
+
+    def _apply_told(self, work: _Round) -> None:
+        """They are durable. Others of the same job may have been made meanwhile."""
+        held = self._scan.held
+        for mark in work.told:
+            job = held[mark.key]
+            if mark.due is not None:
+                job.tried[mark.number] = mark
+                continue
+            job.pending.remove(mark.number)
+            if not job.pending:
+                self._forget_octets(job)
+                if job not in work.over:
+                    self._done.insert(0, job)  # not behind its last `partly`: a message without recipients would stay
 
     def _committed(self, answer: bool | Exception) -> None:
         if isinstance(answer, Exception):
@@ -276,6 +333,8 @@ class GroupCommit:
         self.commits += 1
         self._failures = 0
         work = self._round
+        if work.told:
+            self._apply_told(work)
         self._answer(work.entries, STORED)
         self._settle(work)
         if answer:  # the answers are out before the checkpoint starts
@@ -301,7 +360,8 @@ class GroupCommit:
             job.held = JOB_OCTETS + (job.message.size if job.message.parts is not None else 0)
             room.jobs += job.held
             jobs.append(job)
-        for job in work.done:
+        over = [*work.done, *work.over] if work.over else work.done
+        for job in over:
             scan.let_go(job.key)
             if job.message.file:
                 self._files.run(partial(remove, Path(job.message.file)), self._removed)
@@ -321,7 +381,7 @@ class GroupCommit:
         for watcher in work.watchers:
             if not watcher.done():
                 watcher.set_result(True)
-        self.backlog += len(jobs) - len(work.done) - len(work.batch.aside)
+        self.backlog += len(jobs) - len(over) - len(work.batch.aside)
         self.broken += len(work.batch.aside) - len(work.batch.erased)
         if jobs:
             try:
@@ -367,13 +427,15 @@ class GroupCommit:
     async def _recover(self, refused: Refused) -> None:
         """Makes sure that nothing of the batch is there, then tells. Until it has worked nothing else is done."""
         work = self._round
-        undecided = work.entries
+        work.reports = [entry for entry in work.entries if entry.marks]
+        undecided = work.entries = [entry for entry in work.entries if not entry.marks]
         keys = [entry.job.key for entry in undecided]
+        told = [entry.job.key for entry in work.reports]
         delay = 1.0
         # For what the disk is full of, or so that SQLite does not meet a full one while it opens
         self._room.ballast.give_up()
         self._room.look_again()
-        while not await self._try_recovery(keys, refused):
+        while (durable := await self._try_recovery(keys, told, refused)) is None:
             self._answer(work.entries, Refused(UNDECIDED, None))
             work.entries = []
             self._refuse_waiting(refused)
@@ -386,8 +448,8 @@ class GroupCommit:
         work.entries = []
         self._done[:0] = work.done
         self._released[:0] = work.released
-        self._waiting.later[:0] = work.batch.later
-        self._waiting.partly[:0] = work.batch.partly
+        self._waiting.later[:0] = work.batch.later[: work.later]
+        self._waiting.partly[:0] = work.batch.partly[: work.partly]
         self._watchers[:0] = work.watchers
         self._waiting.aside[:0] = work.batch.aside
         self._waiting.hold[:0] = work.batch.hold
@@ -399,19 +461,36 @@ class GroupCommit:
         self._recovery = None
         self.healthy = True
         self._trouble.ends()
+        self._decide_reports(work, durable)
         self._next()
 
-    async def _try_recovery(self, keys: list[int], refused: Refused) -> bool:
+    def _decide_reports(self, work: _Round, durable: bool) -> None:
+        """The reports of a batch that failed are there with all of it, or with nothing."""
+        reports, work.reports = work.reports, []
+        if durable:
+            self._apply_told(work)
+            kept = _Round()
+            kept.entries, kept.over = reports, work.over
+            self._answer(reports, STORED)
+            self._settle(kept)
+            return
+        for entry in reports:
+            self._scan.let_go(entry.job.key)
+            entry.draft.discard()
+        self._answer(reports, self._refused)
+
+    async def _try_recovery(self, keys: list[int], told: list[int], refused: Refused) -> bool | None:
+        """Whether the messages `told` are there; None: it is not known yet."""
         try:
             await self._files.call(self._reader.close)
-            await self._writer.call(partial(self._store.recover, keys))
+            durable = await self._writer.call(partial(self._store.recover, keys, told))
             await self._files.call(self._reader.open)
         except Exception as error:  # whatever it is, clients wait for an answer and mail for the next attempt
             self._trouble.begins("recovery", str(error))
-            return False
+            return None
         if refused.reason != NO_ROOM:  # else when there is room
             await self._files.call(self._room.ballast.make)
-        return True
+        return durable
 
     def _refuse_waiting(self, refused: Refused) -> None:
         """Refuses what was in no transaction yet."""
@@ -422,3 +501,7 @@ class GroupCommit:
 
     def _report(self, error: Exception) -> None:
         self._loop.call_exception_handler({"message": "a callback of the spool failed", "exception": error})
+
+
+def _later_row(mark: Mark, due: float) -> tuple[int, int, str, bool, int, int]:
+    return int(due * 1000), mark.attempts, mark.reason, mark.reported, mark.key, mark.number

@@ -8,7 +8,6 @@ everyone else takes them from here. Not here: anything that asks the machine (ce
 
 from __future__ import annotations
 
-import ipaddress
 import json
 import re
 import tomllib
@@ -20,18 +19,23 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from .config_conflicts import find_conflicts, nearest, serves
+from .config_access import Alias, InFile, Rule
+from .config_auth import Auth, AuthDovecot, AuthOauth, AuthSql
+from .config_conflicts import find_conflicts, is_local, nearest, serves
+from .config_inbound import AheadLookup, Inbound, Postgresql, Sql, Sqlite, SqlLookup
 from .config_outgoing import Discard, Dns, Lmtp, Maildir, Odmr, Pipe, Queue, Relay, Route, Smtp, Transport
 from .config_sections import SECTIONS, Section, default_of, kind_of, section_at
+from .config_submission import Submission
 from .config_tables import Config, Customer, Domain, Limits, Listener, Log, Spool, Timeouts, Tls, Withhold
 from .config_values import Endpoint, Inet, Unix
 from .toml_lines import Lines, Place
 
 __all__ = [
-    "DEFAULT", "SECTIONS", "Config", "ConfigError", "Customer", "Discard", "Dns", "Domain", "Endpoint", "Inet",
-    "Limits", "Listener", "Lmtp", "Log", "Maildir", "Odmr", "Pipe", "Problem", "Queue", "Relay", "Route", "Section",
-    "Smtp", "Spool", "Timeouts", "Tls", "Transport", "Unix", "Withhold", "default", "default_of", "kind_of", "load",
-    "parse", "problem_at", "warnings",
+    "DEFAULT", "SECTIONS", "AheadLookup", "Alias", "Auth", "AuthDovecot", "AuthOauth", "AuthSql", "Config",
+    "ConfigError", "Customer", "Discard", "Dns", "Domain", "Endpoint", "InFile", "Inbound", "Inet", "Limits",
+    "Listener", "Lmtp", "Log", "Maildir", "Odmr", "Pipe", "Postgresql", "Problem", "Queue", "Relay", "Route", "Rule",
+    "Section", "Smtp", "Spool", "Sql", "SqlLookup", "Sqlite", "Submission", "Timeouts", "Tls", "Transport", "Unix",
+    "Withhold", "default", "default_of", "kind_of", "load", "parse", "problem_at", "warnings",
 ]  # fmt: skip
 
 DEFAULT = """\
@@ -199,18 +203,22 @@ def _suggest(key: str, place: Place) -> str:
     siblings = [section.choice for section in having if section.heading == here.heading]
     if siblings:
         return f"; it is for type {_either(siblings)}"
-    homes = list(dict.fromkeys(section.heading for section in having))
-    if homes and all(homes):
-        return f"; it belongs in {' or '.join(homes)}"
     known = here.model.model_fields
-    return nearest(key, known) or f"; known here: {', '.join(known)}"
+    homes = list(dict.fromkeys(section.heading for section in having))
+    if near := nearest(key, known):
+        return near
+    return f"; it belongs in {' or '.join(homes)}" if homes and all(homes) else f"; known here: {', '.join(known)}"
+
+
+# Bits of a network, by version of IP: what has fewer is nobody's own. Private ones have 8 (10.0.0.0/8) or 7 (fc00::/7).
+WIDE = {4: 8, 6: 7}
 
 
 def warnings(config: Config) -> list[str]:
     """What is allowed, but seldom meant."""
     found = []
     if not config.domain:
-        relays = bool(config.relay.networks)
+        relays = bool(config.relay.networks or config.auth.stores)
         found.append(
             f"there is no [[domain]]: {'no mailbox is served here' if relays else 'every recipient is refused'}"
         )
@@ -218,12 +226,17 @@ def warnings(config: Config) -> list[str]:
         found.append("postmaster is not set: every domain must have one who is read (RFC 5321 4.5.1)")
     if config.spool.durability == "none":
         found.append('spool.durability is "none": acknowledged mail is lost when the machine stops')
+    found += [
+        f'[[domain]] {row.name}: catch_all gets nothing: recipients is "any", so no mailbox is unknown'
+        for row in config.domain
+        if row.catch_all and row.recipients == "any"
+    ]
     found += _outgoing_warnings(config)
     for listener in config.listener:
         where = ", ".join(map(str, listener.address))
-        if listener.role == "submission":
-            found.append(f"{where}: nobody can authenticate yet, so submission takes no mail")
-        if listener.tls == "off" and not all(map(_is_local, listener.address)):
+        if listener.role == "submission" and not config.auth.stores:
+            found.append(f"{where}: nobody can authenticate ([auth] names no users), so submission takes no mail")
+        if listener.tls == "off" and not all(map(is_local, listener.address)):
             found.append(f"{where}: mail crosses the network in clear (tls is off)")
     return found
 
@@ -241,23 +254,27 @@ def _outgoing_warnings(config: Config) -> list[str]:
     found += [
         f"relay.networks: {network} makes this an open relay: anybody may send to any domain"
         for network in relay.networks
-        if not network.prefixlen
+        if network.prefixlen < WIDE[network.version]
     ]
+    found += [
+        f"[[domain]] {row.name} makes this an open relay: whatever comes goes on by [transport.{row.transport}]"
+        for row in config.domain
+        if row.name == "*" and isinstance(config.transport[row.transport], Smtp)
+    ]
+    if any(network.is_loopback for network in relay.networks):
+        found += [
+            f"{address}: programs of this machine may send to any domain over this mx listener, and so may everybody "
+            "whom a proxy or a tunnel brings there"
+            for listener in config.listener
+            for address in listener.address
+            if listener.role == "mx" and isinstance(address, Inet) and is_local(address)
+        ]
     everything = [*(row.name for row in config.domain), *(route.domain for route in config.route)]
     if config.domain and not relay.transport and "*" not in everything:
         found.append("nothing takes mail to other domains: senders there are not told what fails (set relay.transport)")
     for name, way in config.transport.items():
-        if isinstance(way, Lmtp) and not _is_local(way.address):
+        if isinstance(way, Lmtp) and not is_local(way.address):
             found.append(f"[transport.{name}]: mail crosses the network to {way.address} in clear")
     if config.dns.allow_loopback:
         found.append("dns.allow_loopback is for tests: whoever has a domain can have mail sent to this machine")
     return found
-
-
-def _is_local(endpoint: Endpoint) -> bool:
-    if isinstance(endpoint, Unix) or endpoint.host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(endpoint.host).is_loopback
-    except ValueError:
-        return False

@@ -25,6 +25,10 @@ SMARTHOST_ONLY = ("starttls", "implicit")
 # Keys that say how a smarthost is spoken to, or that only a transport of type smtp knows.
 LOGIN = ("user", "password_file")
 SMTP_ROUTE = ("tls", "tls_minimum", "ignore")
+# Where passwords may be, and how a token may be checked: one of each. What a client of an introspection has.
+PASSWORDS = ("users_file", "sql", "dovecot")
+TOKENS = ("introspection", "keys_file", "keys_url")
+CLIENT = ("client_id", "client_secret_file")
 # Why a route has no say in how many deliveries there are at once.
 CONCURRENCY = {"pipe": "has a concurrency of its own", "odmr": "is of type odmr, which has one connection for a domain"}
 
@@ -33,10 +37,12 @@ def find_conflicts(config: object) -> Conflicts:
     """Where it is wrong, and what."""
     yield from _listener_conflicts(config)
     yield from _domain_conflicts(config)
+    yield from _rule_conflicts(config)
     yield from _transport_conflicts(config)
     yield from _route_conflicts(config)
     yield from _relay_conflicts(config)
     yield from _customer_conflicts(config)
+    yield from _auth_conflicts(config)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -81,6 +87,8 @@ def _listener_conflicts(config: object) -> Conflicts:
     for i, listener in _items(config, "listener"):
         if _get(listener, "tls") in ("starttls", "implicit") and _get(config, "tls") is None:
             yield ("listener", i, "tls"), "there is no [tls] table that names a certificate"
+        yield from _client_certificate_conflicts(config, i, listener)
+        yield from _login_conflicts(config, i, listener)
         for address in as_list(_get(listener, "address")):
             endpoint = _valid(parse_endpoint, address)
             port = _get(endpoint, "port")
@@ -92,10 +100,41 @@ def _listener_conflicts(config: object) -> Conflicts:
                 taken.add(endpoint)
 
 
+def _client_certificate_conflicts(config: object, i: int, listener: object) -> Conflicts:
+    asked = _get(listener, "client_certificate") in ("optional", "required")
+    if asked and not _get(listener, "client_ca"):
+        yield ("listener", i, "client_certificate"), "there is no client_ca, whose signatures would be believed"
+    elif _get(listener, "client_ca") and (_get(listener, "tls") == "off" or _get(config, "tls") is None):
+        yield ("listener", i, "client_ca"), "certificates are shown in TLS only, and tls is off"
+
+
+def _login_conflicts(config: object, i: int, listener: object) -> Conflicts:
+    in_clear = _get(listener, "auth_clear") is True
+    endpoints = [_valid(parse_endpoint, address) for address in as_list(_get(listener, "address"))]
+    if in_clear and not all(is_local(endpoint) for endpoint in endpoints if endpoint is not None):
+        yield ("listener", i, "auth_clear"), "passwords would cross the network in clear"
+    # Role submission has it by default, and takes no mail then: a warning says so.
+    if _get(listener, "auth") is not True or not _given(listener, "auth"):
+        return
+    if not any(_get(_get(config, "auth"), key) for key in (*PASSWORDS, "oauth")):
+        yield ("listener", i, "auth"), "nobody can log in: [auth] names no users"
+    if not in_clear and (_get(listener, "tls") == "off" or _get(config, "tls") is None):
+        yield ("listener", i, "auth"), "nobody can log in without TLS, and tls is off"
+
+
+def is_local(endpoint: Endpoint) -> bool:
+    """Whether what is said there stays on this machine."""
+    if not isinstance(endpoint, Inet) or endpoint.host == "localhost":
+        return True
+    ip = _valid(ipaddress.ip_address, endpoint.host)
+    return ip is not None and bool(ip.is_loopback)
+
+
 def _domain_conflicts(config: object) -> Conflicts:
     names: list[str | None] = []
     for i, domain in _items(config, "domain"):
         yield from _no_transport(config, ("domain", i, "transport"), _get(domain, "transport"))
+        yield from _lookup_conflicts(config, ("domain", i, "recipients"), _get(domain, "recipients"))
         name = _valid(check_domain, _get(domain, "name"))
         if name is not None and name in names:
             yield ("domain", i, "name"), f"{name} stands twice"
@@ -103,6 +142,35 @@ def _domain_conflicts(config: object) -> Conflicts:
     at = _valid(lambda text: parse_address(text).domain, _get(config, "postmaster"))
     if at and None not in names and not any(serves(name, at) for name in names if name):
         yield ("postmaster",), f"no [[domain]] serves {at}"
+
+    for i, domain in _items(config, "domain"):
+        at = _valid(lambda text: parse_address(text).domain, _get(domain, "catch_all"))
+        if at and None not in names and not any(serves(name, at) for name in names if name):
+            yield ("domain", i, "catch_all"), f"no [[domain]] serves {at}"
+
+
+def _rule_conflicts(config: object) -> Conflicts:
+    names: list[object] = []
+    for i, rule in _items(config, "rule"):
+        name = _get(rule, "name") or str(i + 1)
+        if name in names:
+            yield ("rule", i, "name"), f"a rule before it is called {name}"
+        names.append(name)
+        if _get(rule, "action") == "allow" and _get(rule, "text"):
+            yield ("rule", i, "text"), "nobody is told anything who is let in"
+
+
+def _lookup_conflicts(config: object, place: Place, source: object) -> Conflicts:
+    """Who is asked for recipients."""
+    if name := _get(source, "sql"):
+        known = _get(config, "sql") or {}
+        if isinstance(name, str) and isinstance(known, Mapping) and name not in known:
+            yield place, f"there is no [sql.{name}]{nearest(name, known)}"
+    elif name := _get(source, "ask"):
+        yield from _no_transport(config, place, name)
+        kind = _get(_transports(config).get(name) if isinstance(name, str) else None, "type")
+        if isinstance(kind, str) and kind not in ("smtp", "lmtp"):
+            yield place, f"[transport.{name}] is of type {kind}; smtp and lmtp have a server that can be asked"
 
 
 def _no_transport(config: object, place: Place, name: object) -> Conflicts:
@@ -198,6 +266,9 @@ def _relay_conflicts(config: object) -> Conflicts:
 def _customer_conflicts(config: object) -> Conflicts:
     """Mail that nobody can fetch would be returned when its lifetime is over."""
     customers = [customer for _, customer in _items(config, "customer")]
+    for i, customer in enumerate(customers):
+        if not (_get(customer, "networks") or _get(customer, "users")):
+            yield ("customer", i), "nobody is this customer: there are neither networks nor users"
     fetching = [i for i, listener in _items(config, "listener") if _get(listener, "role") == "odmr"]
     if customers and _get(_get(config, "spool"), "durability") == "none":
         yield ("spool", "durability"), "mail that is kept in memory only cannot be asked for by a [[customer]]"
@@ -208,3 +279,31 @@ def _customer_conflicts(config: object) -> Conflicts:
         if _get(transport, "type") == "odmr" and not (customers and fetching):
             missing = "listener of role odmr" if customers else "[[customer]]"
             yield ("transport", name, "type"), f"nobody can fetch its mail: there is no {missing}"
+
+
+def _auth_conflicts(config: object) -> Conflicts:
+    auth = _get(config, "auth")
+    for key in [key for key in PASSWORDS if _get(auth, key)][1:]:
+        yield ("auth", key), "passwords come from one place: users_file, [auth.sql] or [auth.dovecot]"
+    if sql := _get(auth, "sql"):
+        name, known = _get(sql, "database"), _get(config, "sql") or {}
+        if isinstance(name, str) and isinstance(known, Mapping) and name not in known:
+            yield ("auth", "sql", "database"), f"there is no [sql.{name}]{nearest(name, known)}"
+        if isinstance(query := _get(sql, "query"), str) and ":name" not in query and ":local" not in query:
+            yield ("auth", "sql", "query"), "it does not ask for a user: there is neither :name nor :local in it"
+    if oauth := _get(auth, "oauth"):
+        yield from _oauth_conflicts(oauth)
+
+
+def _oauth_conflicts(oauth: object) -> Conflicts:
+    place = ("auth", "oauth")
+    ways = [key for key in TOKENS if _get(oauth, key)]
+    if len(ways) != 1:
+        yield place, "one of introspection, keys_file and keys_url says how a token is checked"
+    client = [bool(_get(oauth, key)) for key in CLIENT]
+    if client[0] != client[1]:
+        yield (*place, CLIENT[not client[0]]), f"there is no {CLIENT[client[0]]}"
+    if ways and ways[0] != "introspection":
+        for key in ("issuer", "audience"):
+            if not _get(oauth, key):
+                yield place, f"without {key} a token that was made for somebody else would do"

@@ -1,4 +1,4 @@
-"""The tables of the configuration, but for what goes out (config_outgoing.py): each key's name, type, default and help.
+"""The tables of the configuration: each key's name, type, default and help. Some have a file of their own, config_*.py.
 
 The models are the documentation: they are what a file is decoded into, what `fastsmtp check --describe` prints, and
 what the server is handed, frozen. Durations are float seconds, sizes int octets, domain names lower-case A-labels;
@@ -27,8 +27,12 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from .config_access import Alias, OptionalPath, Recipients, Rule, check_detail
+from .config_auth import Auth
 from .config_conflicts import find_conflicts
+from .config_inbound import Inbound, Sql
 from .config_outgoing import Dns, Queue, Relay, Route, Transport
+from .config_submission import Submission
 from .config_values import (
     Count,
     DomainName,
@@ -41,7 +45,6 @@ from .config_values import (
     Mode,
     Name,
     Networks,
-    Recipients,
     Size,
     Table,
     Unset,
@@ -51,19 +54,36 @@ from .config_values import (
     machine_name,
     parse_duration,
     parse_endpoint,
+    parse_path,
     parse_size,
+    parse_user,
     resolve_endpoint,
 )
+from .tls import CIPHERS
+
+
+class OtherCertificate(Table):
+    """A certificate for other names, or with another type of key for the same ones. A client is shown what is for the
+    name that it asks for (SNI), else that of [tls]. The names are read from the certificates."""
+
+    certificate: FilePath = Field(description="The certificate with its chain, leaf first, as PEM.")
+    key: Annotated[FilePath, Unset("the file of `certificate`")] = Field(
+        default_factory=lambda values: values["certificate"], description="Its private key, as PEM."
+    )
 
 
 class Tls(Table):
-    """The server's certificate. Without this table there is no TLS."""
+    """The server's certificate. Without this table there is no TLS. When its files change, new handshakes use them."""
 
     certificate: FilePath = Field(description="The certificate with its chain, leaf first, as PEM.")
     key: Annotated[FilePath, Unset("the file of `certificate`")] = Field(
         default_factory=lambda values: values["certificate"], description="Its private key, as PEM."
     )
     minimum: Literal["1.2", "1.3"] = Field("1.2", description="The oldest version of TLS that is spoken.")
+    ciphers: str = Field(
+        CIPHERS, description="What is offered in TLS 1.2, as OpenSSL's ciphers(1) has it; TLS 1.3 has its own."
+    )
+    also: tuple[OtherCertificate, ...] = Field((), description="More certificates.")
 
 
 class Withhold(Table):
@@ -92,6 +112,18 @@ class Listener(Table):
     tls: Annotated[
         Literal["off", "starttls", "implicit"], Unset("`starttls` where there is a `[tls]` table, else `off`")
     ] = Field("off", description="When TLS begins: never, after STARTTLS, or at once.")
+    client_ca: Annotated[Path | None, PlainValidator(parse_path), Kind("path"), Unset("none")] = Field(
+        None,
+        validate_default=False,
+        description="Whose signatures on the certificates of clients are believed, as PEM. Who shows such a "
+        "certificate may log in by it (AUTH EXTERNAL); one that is signed by nobody of these ends the handshake.",
+    )
+    client_certificate: Annotated[
+        Literal["off", "optional", "required"], Unset("`optional` with `client_ca`, else `off`")
+    ] = Field(
+        default_factory=lambda values: "optional" if values.get("client_ca") else "off",
+        description="Whether a client is asked for a certificate in TLS, and whether it gets in without.",
+    )
     bare: Literal["reject", "normalize", "keep"] = Field(
         "reject",
         description="A CR or LF that is no part of CRLF, in a message sent by DATA: the message is refused, "
@@ -109,6 +141,19 @@ class Listener(Table):
         default_factory=lambda values: values["role"] == "submission",
         description="True: everyone may ask for delivery reports (DSN). False: only who may relay, for reports of "
         "success to strangers are mail that nobody asked for.",
+    )
+    auth: Annotated[StrictBool, Unset("true for role `submission`")] = Field(
+        default_factory=lambda values: values["role"] == "submission",
+        description="True: the users of `[auth]` can log in, inside TLS.",
+    )
+    auth_clear: StrictBool = Field(
+        False, description="True: also without TLS; only where all addresses are of this machine (loopback, unix)."
+    )
+    vrfy: StrictBool = Field(
+        False, description="True: VRFY tells everyone whether a mailbox exists. False: only who may relay."
+    )
+    expn: StrictBool = Field(
+        False, description="True: EXPN tells everyone what an alias stands for. False: only who may relay."
     )
     brackets: StrictBool = Field(True, description="False: `MAIL FROM:a@b` without `<>` is tolerated.")
     mode: Mode = Field(0o660, description="Who may connect to a unix socket.")
@@ -182,11 +227,20 @@ class Domain(Table):
     """A domain whose mail is taken. An exact name goes before the longest `*.` name, and that before `*`."""
 
     name: DomainName = Field(description="`example.org`, `*.example.org` (everything below it) or `*` (every domain).")
-    recipients: Annotated[Recipients, Kind('"any", or list of local-parts')] = Field(
-        description="Who gets mail there; the postmaster always does."
+    recipients: Annotated[Recipients, Kind('"any", list of local-parts, or {file = path}')] = Field(
+        description="Who gets mail there; the postmaster always does. In a file: a local-part or an address a line."
     )
     transport: Name = Field(description="Where it goes: the NAME of a transport.")
     case_sensitive: StrictBool = Field(False, description="True: `Ann` and `ann` are two mailboxes.")
+    detail: Annotated[str, AfterValidator(check_detail), Kind("text"), Unset("none")] = Field(
+        "", description="What begins a detail: with `+`, mail for `ann+x` is for `ann` where `ann+x` is no mailbox."
+    )
+    catch_all: Annotated[str, AfterValidator(check_postmaster), Kind("address"), Unset("none")] = Field(
+        "", description="Who gets mail for unknown mailboxes: an address at a domain served here."
+    )
+    aliases: OptionalPath = Field(
+        None, validate_default=False, description="A file with aliases of this domain; see `[alias]`."
+    )
 
 
 class Customer(Table):
@@ -194,7 +248,10 @@ class Customer(Table):
     them (ETRN, RFC 1985), on every listener but `lmtp`; and fetch what goes to a transport of type `odmr` (ATRN,
     RFC 2645) on a listener of role `odmr`."""
 
-    networks: Networks = Field(min_length=1, description="Where it comes from.")
+    networks: Annotated[Networks, Unset("none")] = Field((), description="Where it comes from.")
+    users: Annotated[tuple[Annotated[str, PlainValidator(parse_user)], ...], Kind("list of user names")] = Field(
+        (), description="As whom of `[auth]` it may log in instead. One of the two is needed."
+    )
     domains: Annotated[tuple[DomainName, ...], Kind("list of domains")] = Field(
         min_length=1, description="Whose mail it may ask for: names as in `[[domain]]`."
     )
@@ -224,6 +281,7 @@ class Config(Table):
         (Listener(address="127.0.0.1:2525"),), min_length=1, description="Where clients connect."
     )
     limits: Limits = Field(Limits(), description="How much is accepted.")
+    inbound: Inbound = Field(Inbound(), description="How much one client may.")
     timeouts: Timeouts = Field(Timeouts(), description="How long is waited.")
     spool: Spool = Field(Spool(), description="Where accepted mail waits.")
     queue: Queue = Field(Queue(), description="When a delivery is tried again.")
@@ -232,8 +290,13 @@ class Config(Table):
     route: tuple[Route, ...] = Field((), description="The ways to domains that are not served here.")
     relay: Relay = Field(Relay(), description="Who may send to any domain.")
     customer: tuple[Customer, ...] = Field((), description="Who asks for mail that waits here.")
+    alias: Alias = Field(Alias(), description="Addresses that stand for others.")
+    rule: tuple[Rule, ...] = Field((), description="Who is let in.")
+    auth: Auth = Field(Auth(), description="Who may log in.")
+    submission: Submission = Field(Submission(), description="What is done to messages of users.")
     transport: dict[str, Transport] = Field({}, description="Where it goes.")
     dns: Dns = Field(Dns(), description="Who is asked for addresses.")
+    sql: dict[str, Sql] = Field({}, description="Databases that are asked.")
 
     @property
     def worker_count(self) -> int:

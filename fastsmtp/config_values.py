@@ -1,7 +1,7 @@
 """What stands behind the keys of a configuration: one parser for each kind of value, and how it is shown to people.
 
-In: a value as tomllib gives it. Out: a float of seconds, an int of octets, an address, a network, a name; a parser
-raises ValueError with what was expected, and what was found is added by config.py. Domain names become lower-case
+In: a value as tomllib gives it. Out: a float of seconds, an int of octets, a rate, an address, a network, a name; a
+parser raises ValueError with what was expected, and what was found is added by config.py. Domains become lower-case
 A-labels; a relative path starts at the folder of the file, which is the validation's context; IPv4-mapped networks
 are unmapped. What is shown is TOML, and is read back as the same value. The annotated types at the end are what the
 tables are made of. Nothing here knows a key, a table or the machine. RFC 5321 4.1.2.
@@ -24,25 +24,26 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
-    Discriminator,
     Field,
     PlainValidator,
     StrictInt,
-    Tag,
     ValidationInfo,
 )
 
 from .address import AddressError, parse_address, parse_domain
+from .saslprep import saslprep
 
 _DURATION = re.compile(r"(?=.)(?:([0-9]+)d)?(?:([0-9]+)h)?(?:([0-9]+)m)?(?:([0-9]+)s)?")
 _DURATION_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _GREATEST_DURATION = 36500 * 86400
+_RATE = re.compile(r"([1-9][0-9]{0,8})/((?:[1-9][0-9]{0,4})?[dhms])")
 _SIZE = re.compile(r"([0-9]+)(KB|MB|GB|TB)")
 _SIZE_UNITS = {"TB": 1 << 40, "GB": 1 << 30, "MB": 1 << 20, "KB": 1 << 10}
 _GREATEST_SIZE = (1 << 63) - 1  # what the C layers count in
 _MODE = re.compile(r"0?[0-7]{3}")
 _KEYWORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9-]*")
 _QUEUE = re.compile(r"[A-Za-z0-9._-]{1,64}")
+ANY = '"any", a list of local-parts'
 _PLACEHOLDERS = ("{domain}", "{local}")
 
 
@@ -87,6 +88,34 @@ def show_size(octets: int) -> str:
         if octets and octets % unit == 0:
             return f'"{octets // unit}{name}"'
     return str(octets)
+
+
+@dataclass(frozen=True)
+class Rate:
+    """So many in so many seconds: that many at once, and then one more each `interval` seconds."""
+
+    count: int
+    seconds: float
+
+    @property
+    def interval(self) -> float:
+        return self.seconds / self.count
+
+    def __str__(self) -> str:
+        period = show_duration(self.seconds).strip('"')
+        return f"{self.count}/{period[1:] if re.fullmatch('1[dhms]', period) else period}"
+
+
+def parse_rate(value: object) -> Rate:
+    """Such as "100/h" or "10/10m"; a day at most, which is what rates are counted over."""
+    if isinstance(value, Rate):
+        return value
+    if isinstance(value, str) and (match := _RATE.fullmatch(value)):
+        count, period = match.groups()
+        seconds = parse_duration(period if period[0].isdecimal() else f"1{period}")
+        if seconds <= _DURATION_UNITS["d"]:
+            return Rate(int(count), seconds)
+    raise ValueError('a rate such as "60/m", "100/h" or "10/10m", over a day ("1d") at most')
 
 
 @dataclass(frozen=True)
@@ -250,8 +279,19 @@ def check_local_part(value: str) -> str:
 
 def parse_any(value: object) -> Literal["any"]:
     if value != "any":
-        raise ValueError('"any", or a list of local-parts')
+        raise ValueError(f"{ANY}, or a table")
     return "any"
+
+
+def parse_user(value: object) -> str:
+    """A user as the credential stores name one: canonical."""
+    if isinstance(value, str):
+        try:
+            name = saslprep(value)
+            return parse_address(name).mailbox if "@" in name else name.lower()
+        except ValueError:
+            pass
+    raise ValueError("a user name in quotes")
 
 
 def check_postmaster(value: str) -> str:
@@ -331,6 +371,7 @@ class Unset:
 
 
 Duration: TypeAlias = Annotated[float, BeforeValidator(parse_duration), Kind("duration", show_duration)]
+RateLimit: TypeAlias = Annotated[Rate, PlainValidator(parse_rate), Kind("rate")]
 Size: TypeAlias = Annotated[int, BeforeValidator(parse_size), Kind("size", show_size)]
 Count: TypeAlias = Annotated[StrictInt, Field(le=2**31 - 1), Kind("number")]
 FilePath: TypeAlias = Annotated[Path, PlainValidator(parse_path), Kind("path")]
@@ -343,11 +384,6 @@ IPs: TypeAlias = Annotated[tuple[IP, ...], Kind("list of IP addresses")]
 Keywords: TypeAlias = Annotated[tuple[Annotated[str, AfterValidator(check_keyword)], ...], Kind("list of keywords")]
 DomainName: TypeAlias = Annotated[str, AfterValidator(check_domain), Kind("domain")]
 Name: TypeAlias = Annotated[str, Kind("name")]
-Recipients: TypeAlias = Annotated[
-    Annotated[Literal["any"], PlainValidator(parse_any), Tag("<any>")]
-    | Annotated[tuple[Annotated[str, AfterValidator(check_local_part)], ...], Tag("<list>")],
-    Discriminator(lambda value: "<list>" if isinstance(value, list | tuple) else "<any>"),
-]
 
 
 class Table(BaseModel):

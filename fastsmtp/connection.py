@@ -29,6 +29,7 @@ from .reply import (
     R421_SESSION_TOO_OLD,
     R421_SHUTTING_DOWN,
     R421_TIMEOUT,
+    R421_TOO_MANY_GUESSES,
     R421_TOO_MANY_SESSIONS,
     R552_TOO_BIG_CLOSING,
     R554_EARLY_TALKER,
@@ -38,15 +39,17 @@ from .reply import (
     named,
     reason,
 )
+from .rewrite import Rewriter
 from .service import Service
 from .session import Answer, Chunk, Session
-from .tls import describe
+from .tls import describe, end_points, identity
 from .verdict import Ask, Client, Refused, Store, Stored, Verdict
 
 UNREAD_LIMIT = 65536  # octets fed and not interpreted, above which the client is not read
 # Replies that leave in one write; behind them other clients have their turn. Of the dearest commands (addresses with
 # U-labels) so many take 15 ms.
 GROUP_LIMIT = 50
+NAME_SHOWN = 64  # characters of a user name in the log: some type their password there
 LINGER = 5.0  # seconds that a client has to take our last words while it still sends
 
 # Names of this module: on Python 3.11 looking up an Enum's member costs 0.05 µs each time.
@@ -54,7 +57,10 @@ NO_CONTENT = Content.NONE
 ACCEPTED = Counter.MESSAGES_ACCEPTED
 
 # The octets behind these verbs belong to our answer: whoever sends them before is guessing it.
-EARLY = frozenset((b"EHLO", b"HELO", b"LHLO", b"DATA"))
+EARLY = frozenset((b"EHLO", b"HELO", b"LHLO", b"DATA", b"AUTH"))
+
+# A refusal for good behind these is about a message, not a sign of guessing or junk.
+NO_FAILURES = frozenset((b"MAIL", b"DATA", b"BDAT", b"."))
 
 
 class Pause(IntFlag):
@@ -71,16 +77,19 @@ class Connection(asyncio.Protocol):
     """One client, from accept to close."""
 
     __slots__ = (
-        "body_since", "busy", "client", "closing", "draft", "end", "head_open", "marked", "message", "octets",
-        "opened", "out", "parser", "paused", "pumping", "round", "service", "session", "since", "stalled",
-        "too_big_since", "transport", "yielded",
+        "admitted", "body_since", "busy", "client", "closing", "draft", "end", "head_open", "marked", "message",
+        "octets", "opened", "out", "parser", "paused", "pumping", "rewriter", "round", "service", "session", "since",
+        "stalled", "too_big_since", "transport", "yielded",
     )  # fmt: skip
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, admitted: bool = False) -> None:
+        """`admitted`: it was asked already whether the client may come in (gate.py)."""
         self.service = service
+        self.admitted = admitted
         self.transport: asyncio.Transport | None = None
         self.draft: Draft | None = None
         self.message: Message | None = None  # which the spool has been given
+        self.rewriter: Rewriter | None = None  # through which the draft's octets go
         self.out: list[bytes] = []
         self.paused = Pause.NONE
         self.busy = True  # something is waited for: no command is interpreted; at first the greeting
@@ -104,6 +113,11 @@ class Connection(asyncio.Protocol):
         self.transport = cast("asyncio.Transport", transport)
         peer = transport.get_extra_info("peername")
         ip, port = (peer[0], peer[1]) if isinstance(peer, tuple) else ("", 0)
+        if service.limits is not None and not self.admitted:
+            refusal = service.limits.admit(ip.removeprefix("::ffff:"))
+            if refusal is not None:
+                self._turn_away(refusal)
+                return
         # A mapped address is its IPv4 address in every list, limit and trace.
         self.client = Client(ip.removeprefix("::ffff:"), port, service.name)
         if not ip:
@@ -113,8 +127,7 @@ class Connection(asyncio.Protocol):
         if service.fetches is not None:
             self.client.fetches = service.fetches(self.client.ip)
         if (secured := transport.get_extra_info("ssl_object")) is not None:
-            self.client.tls = describe(secured)
-            service.count(Counter.TLS_HANDSHAKES)
+            self._secured(secured)
         self.opened = time.monotonic()
         self.round = service.rounds[service.turn - 1]
         self.round.add(self)
@@ -129,6 +142,23 @@ class Connection(asyncio.Protocol):
             service.loop.call_later(service.times.greet_delay, self._greet)
         else:
             self._greet()
+
+    def _turn_away(self, refusal: bytes) -> None:
+        """For a client over its limits nothing is made that a session needs."""
+        assert self.transport is not None
+        self.closing = True
+        self.service.count(Counter.SESSIONS_REFUSED)
+        self.transport.write(refusal)
+        self.transport.close()
+
+    def _secured(self, connection: ssl.SSLObject) -> None:
+        """TLS is in use from here on."""
+        client = self.client
+        client.tls = describe(connection)
+        if self.service.terms.mechanisms:
+            client.bindings = end_points(connection.context)
+            client.certificate = identity(connection)
+        self.service.count(Counter.TLS_HANDSHAKES)
 
     def _begin(self, before: Session | None) -> None:
         withheld = self.service.withheld
@@ -167,15 +197,19 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         service = self.service
         self.transport = None
+        if not self.opened:  # it was turned away
+            return
         self.closing = True
         self.round.discard(self)
         self._abandon()
+        if service.limits is not None:
+            service.limits.leave(self.client.ip)
         service.shared.close_session(service.worker)
         service.count(Counter.OCTETS_RECEIVED, self.octets)
         client = self.client
         service.log.write(
-            logs.SESSION, client.ip, client.port, client.listener, client.helo, client.tls, self.session.messages,
-            time.monotonic() - self.opened, self.end or ("reset" if exc else "eof"),
+            logs.SESSION, client.ip, client.port, client.listener, client.helo, client.tls, client.user or None,
+            self.session.messages, time.monotonic() - self.opened, self.end or ("reset" if exc else "eof"),
         )  # fmt: skip
 
     def pause_writing(self) -> None:
@@ -269,13 +303,16 @@ class Connection(asyncio.Protocol):
         if line.verb == b"STARTTLS" or (line.verb == b"ATRN" and self.session.terms.odmr):
             # Nothing of it may be executed, inside or outside TLS; or taken for what a server says.
             return SILENT_CLOSE
-        if self.service.early_refused and line.verb in EARLY:
+        # A line of an AUTH exchange has no verb.
+        if self.service.early_refused and (line.verb in EARLY or self.session.exchange is not None):
             return R554_EARLY_TALKER
         return self.session.receive(line)
 
     def _write(self, chunk: bytes) -> None:
         draft = self.draft
         if draft is None:
+            return
+        if self.rewriter is not None and not (chunk := self.rewriter.feed(chunk)):
             return
         if not draft.write(chunk):
             self._pause(Pause.DRAFT)
@@ -292,7 +329,13 @@ class Connection(asyncio.Protocol):
             return self.session.take_end(end, b"")
         if end.chunk:
             self._write(end.chunk)
-        answer = self.session.take_end(end, draft.head if end.last else b"")
+        size, header_end = end.size, -1
+        if self.rewriter is not None and end.last and not end.too_big:
+            if rest := self.rewriter.end():
+                draft.write(rest)
+            size, header_end = draft.size, self.rewriter.header_end
+            self.rewriter = None
+        answer = self.session.take_end(end, draft.head if end.last else b"", header_end)
         if type(answer) is Store:
             content = NO_CONTENT
             if end.bare or end.eight_bit or end.eight_bit_header or answer.envelope.body == "BINARYMIME":
@@ -302,7 +345,9 @@ class Connection(asyncio.Protocol):
                     | Content.EIGHT_BIT_HEADER * end.eight_bit_header
                     | Content.BINARY * (answer.envelope.body == "BINARYMIME")
                 )
-            message = Message(answer.envelope, answer.prefix, None, end.size, end.header_end, content, answer.arrived)
+            message = Message(
+                answer.envelope, answer.prefix, None, size, answer.header_end, content, answer.arrived, cuts=answer.cuts
+            )
             self.draft = None
             self._resume(Pause.DRAFT)
             self.message = message
@@ -321,7 +366,8 @@ class Connection(asyncio.Protocol):
             envelope = message.envelope
             service.shared.add(service.worker, ACCEPTED, 1)
             service.log.write(
-                logs.ACCEPTED, envelope.id, envelope.client, envelope.reverse_path.wire or "<>",
+                logs.ACCEPTED, envelope.id, envelope.client, self.client.user or None,
+                envelope.reverse_path.wire or "<>",
                 tuple([recipient.address.wire for recipient in envelope.recipients]), message.size,
             )  # fmt: skip
         try:
@@ -357,6 +403,13 @@ class Connection(asyncio.Protocol):
             elif answer.then is Then.DATA:
                 self._open_draft()
                 self.parser.data(self.session.terms.message_size)
+            elif answer.then is Then.LINE:
+                self.parser.line()
+            elif answer.then is Then.USER:
+                self.service.count(Counter.AUTHENTICATED)
+                self.parser.command()
+                if self.service.draining:
+                    self._bye(R421_SHUTTING_DOWN, "shutdown")
             elif answer.then is Then.TLS:
                 self.busy = True
                 self._flush()
@@ -376,11 +429,15 @@ class Connection(asyncio.Protocol):
         assert transaction is not None
         self.draft = self.service.keeper.draft(transaction.envelope.id, self._drained)
         self.head_open = True
+        rules = self.session.terms.rules
+        if rules is not None and rules.rewrite and self.client.user:
+            self.rewriter = Rewriter()
 
     def _abandon(self) -> None:
         if self.draft is not None:
             self.draft.abandon()
             self.draft = None
+            self.rewriter = None
             self._resume(Pause.DRAFT)
 
     async def _await(self, verdict: Awaitable[Verdict], stage: bytes) -> None:
@@ -399,6 +456,11 @@ class Connection(asyncio.Protocol):
             else:
                 self._turn(decided.turned)
                 return
+        elif self.session.exchange is not None:
+            # A guess that is not waited for is a guess all the same.
+            answer = self.session.resume(decided)
+            if type(answer) is Reply and answer.code >= 400:
+                self._refused(answer, stage)
         if decided.turned is not None:
             decided.turned.abandon()
 
@@ -413,6 +475,18 @@ class Connection(asyncio.Protocol):
 
     def _refused(self, reply: Reply, stage: bytes) -> None:
         service = self.service
+        bad = reply.code >= 500 or reply is R421_TOO_MANY_GUESSES
+        if service.limits is not None and bad and stage not in NO_FAILURES:
+            service.limits.fail(self.client)
+        if stage in (b"AUTH", b"") and (attempt := self.session.attempt) is not None:
+            self.session.attempt = None
+            if attempt.reason:
+                service.count(Counter.AUTH_FAILED)
+                service.log.write(
+                    logs.AUTH_FAILED, self.client.ip, self.client.port, self.client.listener, attempt.mechanism,
+                    attempt.name[:NAME_SHOWN], attempt.reason, f"{reply.code} {reply.enhanced} {reply.text}",
+                )  # fmt: skip
+                return
         if stage == b"RCPT":
             service.count(Counter.RECIPIENTS_REFUSED)
         elif stage in (b".", b"DATA", b"BDAT"):
@@ -557,9 +631,8 @@ class Connection(asyncio.Protocol):
             return
         self.transport = secured
         secured.set_protocol(self)
-        self.client.tls = describe(secured.get_extra_info("ssl_object"))
-        self.client.helo = ""
-        service.count(Counter.TLS_HANDSHAKES)
+        self._secured(secured.get_extra_info("ssl_object"))
+        self.client.helo = self.client.user = ""
         self.paused = Pause.NONE
         self.stalled = 0.0
         self.busy = False

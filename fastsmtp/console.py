@@ -67,6 +67,24 @@ def reach(config: Config) -> Iterator[Console]:
         yield stopped
 
 
+def ask_server(config: Config, request: Request) -> dict[str, Any]:
+    """What a running server answers that is asked through its first worker. Raises ConsoleError."""
+    data_dir = config.data_dir
+    with ExitStack() as stack:
+        try:
+            lock = os.open(data_dir / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            stack.callback(os.close, lock)
+            if _find_server(data_dir, lock) is None:
+                raise ConsoleError(f"data_dir {data_dir}: no server runs with it")
+        except FileNotFoundError:
+            raise ConsoleError(f"data_dir {data_dir}: no server has run with it") from None
+        except OSError as error:
+            raise ConsoleError(_explain(data_dir, error)) from None
+        *_, last = _Running(data_dir, 1).ask(request)[0]
+    done: dict[str, Any] = last["done"]
+    return done
+
+
 def _find_server(data_dir: Path, lock: int) -> int | None:
     """How many workers the server has; None: there is none, and the lock is ours. A server that is starting or ending
     is neither for a moment."""

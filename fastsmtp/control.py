@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -40,14 +40,23 @@ class Desk:
     """Answers what is asked about the spools of one worker.
 
     `places`: for each spool its administration, and who is told that mail in it is to be tried now: the queue, which
-    forgets what it knows of dead hosts. `workers` is how many there are in all.
+    forgets what it knows of dead hosts. `workers` is how many there are in all. `reload` has the configuration read
+    anew, for a user id.
     """
 
-    def __init__(self, places: Sequence[Place], workers: int, now: Callable[[], float], log: logs.Log) -> None:
+    def __init__(
+        self,
+        places: Sequence[Place],
+        workers: int,
+        now: Callable[[], float],
+        log: logs.Log,
+        reload: Callable[[int], Awaitable[dict[str, Any]]] | None = None,
+    ) -> None:
         self._places = places
         self._workers = workers
         self._now = now
         self._log = log
+        self._reloads = reload
 
     async def answer(self, request: Mapping[str, Any], uid: int) -> Lines:
         """The lines that answer a request; the last is `done` or `error`."""
@@ -55,7 +64,7 @@ class Desk:
             handler = HANDLERS.get(str(request.get("do")))
             if handler is None:
                 raise RequestError(f"nothing is known here of {request.get('do')!r}")
-            if not self._places and handler is not Desk._hello:
+            if not self._places and handler not in (Desk._hello, Desk._reload):
                 raise RequestError('mail is kept in memory only (spool.durability = "none"), out of reach')
             async for line in handler(self, request, uid):
                 yield line
@@ -64,6 +73,17 @@ class Desk:
 
     async def _hello(self, request: Mapping[str, Any], uid: int) -> Lines:
         yield {"done": {"workers": self._workers}}
+
+    async def _reload(self, request: Mapping[str, Any], uid: int) -> Lines:
+        """The configuration of the whole server; asked of any one worker."""
+        if self._reloads is None:
+            raise RequestError("no server runs here")
+        try:
+            yield {"done": await self._reloads(uid)}
+        except TimeoutError:
+            raise RequestError("the supervisor does not answer") from None
+        except OSError as error:
+            raise RequestError(error.strerror or str(error)) from None
 
     async def _order(self, request: Mapping[str, Any], uid: int) -> Lines:
         """Retry, hold, release and delete, spool by spool."""
@@ -156,6 +176,7 @@ HANDLERS: Mapping[str, Callable[[Desk, Mapping[str, Any], int], Lines]] = {
     "show": Desk._show,
     "summary": Desk._summary,
     "count": Desk._count,
+    "reload": Desk._reload,
     "retry": Desk._order,
     "hold": Desk._order,
     "release": Desk._order,
@@ -222,7 +243,7 @@ class Control:
         while line := await reader.readline():
             try:
                 request = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 request = None
             if not isinstance(request, dict):
                 writer.write(b'{"error": "a JSON object in one line was expected"}\n')

@@ -1,7 +1,8 @@
 """Clients for whose domains mail waits here: they have the queue run (ETRN), or fetch the mail themselves (ATRN).
 
-In: an Ask at ETRN or ATRN of a client that `fetches` says yes to. Out: a Verdict, always with a reply; for an ATRN that
-is granted also what the connection becomes. A client may ask for what its rows of [[customer]] name; all or nothing.
+In: an Ask at ETRN or ATRN of a client that `fetches` says yes to, or that has logged in. Out: a Verdict, always with a
+reply; for an ATRN that is granted also what the connection becomes. A client may ask for what its rows of [[customer]]
+name; all or nothing.
 `ETRN domain` is for that domain, `@domain` for all of it and below it that is the client's, `#queue` for a row. ATRN
 without domains is for all of them. A row with a wildcard means the domains that mail waits for when it is asked for.
 Mail may lie in the spools of all workers, and all are asked (colleagues.py). When one cannot be, or not in time, the
@@ -32,21 +33,21 @@ from .reply import (
     R459_NODE_REFUSED,
     pending,
 )
-from .verdict import Ask, Stage, Verdict
+from .verdict import Ask, Client, Stage, Verdict
 
 PATIENCE = 20.0  # seconds for the answers of all workers; below that of a policy
 RUN_SECONDS = 5.0  # that a client waits to hear how much mail its queue run is for
 
 
 class Customers:
-    """Who they are, by address."""
+    """Who they are, by address or as users."""
 
     def __init__(self, rows: Sequence[Customer]) -> None:
         self._rows = [(Trust(row.networks), row) for row in rows]
         self.fetches = Trust([network for row in rows for network in row.networks])
 
-    def find(self, ip: str) -> list[Customer]:
-        return [row for trust, row in self._rows if trust(ip)]
+    def find(self, client: Client) -> list[Customer]:
+        return [row for trust, row in self._rows if trust(client.ip) or client.user in row.users]
 
 
 def names_of(rows: Iterable[Customer]) -> list[str]:
@@ -95,7 +96,7 @@ class QueueRun:
         self._runs: set[asyncio.Task[int]] = set()
 
     async def __call__(self, ask: Ask) -> Verdict:
-        rows = self._customers.find(ask.client.ip)
+        rows = self._customers.find(ask.client)
         (node,) = ask.nodes
         if node.startswith("#"):
             names = names_of(row for row in rows if row.queue == node[1:])
@@ -149,7 +150,7 @@ class Fetch:
         self._ending = ending
 
     async def __call__(self, ask: Ask) -> Verdict:
-        names = names_of(self._customers.find(ask.client.ip))
+        names = names_of(self._customers.find(ask.client))
         if not all(is_among(domain, names) and self._waits(domain) for domain in ask.nodes):
             return Verdict("atrn-refused", R450_ATRN_REFUSED)
         try:

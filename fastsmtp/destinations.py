@@ -106,19 +106,36 @@ class Destinations:
         monotonic: Callable[[], float],
         chance: Callable[[], float],
     ) -> None:
-        self._ways: dict[str, tuple[Transport, dict[str, Lane]]] = {
-            name: (transport, {}) for name, transport in transports.items()
-        }
-        self._schedule = schedule
+        self._ways: dict[str, tuple[Transport, dict[str, Lane]]] = {}
+        self._former: list[tuple[Transport, dict[str, Lane]]] = []  # replaced, with what still waits for them
+        self.use(transports, schedule, total)
         self._shared = shared
         self._worker = worker
-        self._total = total
         self._total_key = _key("", "")
         self._total_place = 0
         self._log = log
         self._count = count
         self._monotonic = monotonic
         self._chance = chance
+
+    def use(self, transports: Mapping[str, Transport], schedule: Schedule, total: int) -> None:
+        """New mail goes by these; lanes of transports that stay are kept."""
+        before = self._ways
+        self._ways = {}
+        for name, transport in transports.items():
+            way = before.get(name)
+            self._ways[name] = way if way is not None and way[0] is transport else (transport, {})
+        for name, way in before.items():
+            after = self._ways.get(name)
+            if after is None or after[0] is not way[0]:
+                self._former.append(way)
+        self._schedule = schedule
+        self._total = total
+
+    def uses(self, transport: Transport) -> bool:
+        """Whether a transport is in use, or a replaced one has something left to do."""
+        self._former = [way for way in self._former if any(lane.waiting or lane.running for lane in way[1].values())]
+        return any(way[0] is transport for way in (*self._ways.values(), *self._former))
 
     def lane(self, name: str, address: Address) -> Lane | None:
         """The lane for a recipient; None: there is no such transport."""

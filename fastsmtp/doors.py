@@ -12,10 +12,12 @@ import asyncio
 import os
 import resource
 import socket
+import ssl
 import time
 
 from . import log as logs
 from .connection import Connection
+from .gate import Gate
 from .log import Log
 from .seat import BACKLOG
 from .service import Service
@@ -26,15 +28,18 @@ RESERVE = 64  # descriptors kept for mailboxes, bodies and whatever libraries op
 class Door:
     """A listening socket, and the server that accepts from it while it is open.
 
-    The socket itself stays open over a pause: clients wait in its queue.
+    The socket itself stays open over a pause: clients wait in its queue. `number` is that of the socket (seat.py).
     """
 
-    def __init__(self, service: Service, listening: socket.socket, implicit_tls: bool, guard: Guard) -> None:
+    def __init__(
+        self, number: int, service: Service, listening: socket.socket, implicit_tls: bool, guard: Guard
+    ) -> None:
+        self.number = number
         self._service = service
         self._socket = listening
         self._implicit_tls = implicit_tls
         self._guard = guard
-        self._server: asyncio.AbstractServer | None = None
+        self._server: asyncio.AbstractServer | Gate | None = None
         self._over = False
         self.is_open = False
 
@@ -45,13 +50,16 @@ class Door:
         guard = self._guard
         self.is_open = True
         listening = self._socket.dup()
-        context = service.context if self._implicit_tls else None
+        context = self._handshakes
         timeout = service.times.tls if context else None
 
         def accept() -> Connection:
             guard.admit()
-            return Connection(service)
+            return Connection(self._service)
 
+        if self._is_gated:
+            self._server = Gate(lambda: self._service, listening, guard.admit)
+            return
         if listening.family == socket.AF_UNIX:
             server: asyncio.AbstractServer = await service.loop.create_unix_server(
                 accept, sock=listening, backlog=BACKLOG, ssl=context, ssl_handshake_timeout=timeout
@@ -65,8 +73,27 @@ class Door:
         else:
             server.close()
 
+    def use(self, service: Service, implicit_tls: bool) -> None:
+        """Who connects from now on is of this service."""
+        before = (self._is_gated, self._handshakes)
+        self._service = service
+        self._implicit_tls = implicit_tls
+        if before != (self._is_gated, self._handshakes) and self.is_open:
+            self.close()
+            self.reopen()
+
     def reopen(self) -> None:
         self._service.run(self.open())
+
+    @property
+    def _is_gated(self) -> bool:
+        """Whether clients are asked for before TLS begins."""
+        return self._implicit_tls and self._service.limits is not None
+
+    @property
+    def _handshakes(self) -> ssl.SSLContext | None:
+        """The context of handshakes that are made before a client is known of."""
+        return self._service.context if self._implicit_tls and not self._is_gated else None
 
     def close(self) -> None:
         self.is_open = False

@@ -8,7 +8,7 @@ passed on unaltered, and what cannot stand in a message so is encoded or left ou
 non-ASCII addresses, a UTF-8 header, or a whole original with 8-bit octets: RFC 2046 5.2.1 lets that one not be
 encoded. SMTPUTF8 is needed only when sender or reporter have non-ASCII addresses.
 Nothing is sent here, and no report says that it failed: the queue does both. Nothing fails, whatever the input.
-RFC 3461 4, 6; RFC 3464 2; RFC 6522 3; RFC 6533 3, 4; RFC 3834 3.
+RFC 3461 4, 6; RFC 3464 2; RFC 6522 3; RFC 6533 3, 4; RFC 3834 3; RFC 8689 5.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from typing import NamedTuple
 from .address import NULL, Address
 from .message import Content, Envelope, Message, Recipient, date
 from .reasons import reason_of
-from .returned import Part, quoted_printable, return_header, return_whole
+from .returned import Part, return_header, return_whole
+from .rewrite import quoted_printable
 
 FIELD_LIMIT = 900  # octets of a value that somebody else wrote: a line of a message has 998 at most
 WIDTH = 72
@@ -103,6 +104,11 @@ def is_wanted(action: Action, notify: str) -> bool:
     return KINDS[action].notify in (notify or DEFAULT_NOTIFY).split(",")
 
 
+def is_report(message: Message) -> bool:
+    """Whether a message was written here: nothing that came from elsewhere is without a protocol."""
+    return not message.envelope.protocol and not message.envelope.reverse_path
+
+
 @dataclass(frozen=True, slots=True)
 class Reporter:
     """Writes the reports of one server.
@@ -138,7 +144,10 @@ class Reporter:
         return [self._report(message, action, found, head, next_id(), now) for action, found in by_action.items()]
 
     def _may_return_whole(self, message: Message) -> bool:
-        return message.envelope.ret == "FULL" and message.size <= self.whole and message.convertible
+        envelope = message.envelope
+        if envelope.ret != "FULL" or envelope.require_tls:  # RFC 8689 5: of what was to be kept secret, only the header
+            return False
+        return message.size <= self.whole and message.convertible
 
     def _report(
         self, message: Message, action: Action, events: Sequence[Event], head: bytes, report_id: str, now: float
@@ -163,6 +172,9 @@ class Reporter:
         envelope.id = report_id
         envelope.helo = self.hostname
         envelope.body = "8BITMIME" if eight_bit else "7BIT"
+        # It is to be kept as its message was (RFC 8689 5).
+        envelope.require_tls = message.envelope.require_tls
+        envelope.waives_tls = message.envelope.waives_tls
         # RFC 3461 6.1: the value that a report may have.
         envelope.recipients = [Recipient(message.envelope.reverse_path, notify="NEVER")]
         sender = str(self.sender) or f"MAILER-DAEMON@{self.hostname}"
@@ -175,6 +187,7 @@ class Reporter:
                 f"Message-ID: <{report_id}@{self.hostname}>",
                 *_threading(header),
                 "Auto-Submitted: auto-replied",
+                *(["TLS-Required: No"] if envelope.waives_tls else []),
                 "MIME-Version: 1.0",
                 f"Content-Type: multipart/report; report-type={parts[1].type.partition('/')[2]};",
                 f'\tboundary="{boundary}"',

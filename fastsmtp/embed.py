@@ -34,7 +34,7 @@ from .policy.recipients import KNOWN_MAILBOX, UNKNOWN_MAILBOX, Recipients
 from .reply import R451_LOCAL_ERROR, R452_NO_ROOM, Reply
 from .seat import BACKLOG
 from .service import Service
-from .session import Terms
+from .terms import Terms
 from .verdict import STORED, Ask, Refused, Stage, Stored, Verdict
 
 

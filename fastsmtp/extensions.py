@@ -2,10 +2,11 @@
 
 An extension is offered when its duty can be done: `Offer` says what a listener can do in the state the session is
 in. Parameters are parsed strictly, with a greatest length for each value; which of them are taken follows from the
-table, not from what was offered, save that BODY=BINARYMIME and REQUIRETLS need their keywords. xtext that decodes to
+table, not from what was offered, save that BODY=BINARYMIME and REQUIRETLS need their keywords, AUTH a listener that has
+it. xtext that decodes to
 anything but printable ASCII is refused: decoded CR LF has been a way into headers and queue files.
 Raises CommandError with the reply for the client. RFC 5321 4.1.1.11, 1870, 6152, 3030, 6531, 3461, 3207, 8689, 9422,
-1985, 2645.
+4954, 1985, 2645.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Offer:
     keeps_tls: bool = False  # TLS is in use, and every message stays here or goes to a host verified by name
     fetches: bool = False  # mail waits here for domains of the client
     odmr: bool = False  # mail is only fetched here
+    mechanisms: tuple[str, ...] = ()  # of AUTH, that can succeed now
 
 
 class Extension(NamedTuple):
@@ -60,6 +62,7 @@ EXTENSIONS = (
     Extension("REQUIRETLS", lambda offer: "REQUIRETLS" if offer.keeps_tls else ""),
     Extension("LIMITS", lambda offer: f"LIMITS RCPTMAX={offer.recipients}"),
     Extension("STARTTLS", lambda offer: "STARTTLS" if offer.starttls else "", odmr=True),
+    Extension("AUTH", lambda offer: " ".join(["AUTH", *offer.mechanisms]) if offer.mechanisms else "", odmr=True),
     Extension("ETRN", lambda offer: "ETRN" if offer.fetches else "", odmr=True),
     Extension("ATRN", lambda offer: "ATRN" if offer.odmr else "", odmr=True),
     Extension("HELP", lambda _: "HELP", odmr=True),
@@ -113,6 +116,12 @@ def _envid(value: str) -> str:
     return value
 
 
+def _auth(value: str) -> str:
+    """Whom a relay says the message is from. It is believed of nobody here: every value stands for `<>`."""
+    decode_xtext(value)
+    return "<>"
+
+
 def _notify(value: str) -> str:
     words = value.upper().split(",")
     known = words == ["NEVER"] or {*words} <= {"SUCCESS", "FAILURE", "DELAY"}
@@ -151,6 +160,7 @@ MAIL_PARAMETERS: Mapping[str, Parameter] = {
     "RET": Parameter(_one_of("FULL", "HDRS"), 4),  # RFC 3461 4.3
     "ENVID": Parameter(_envid, 100),  # RFC 3461 4.4
     "REQUIRETLS": Parameter(_flag, 0),  # RFC 8689 4.1
+    "AUTH": Parameter(_auth, 500),  # RFC 4954 5
 }
 RCPT_PARAMETERS: Mapping[str, Parameter] = {
     "NOTIFY": Parameter(_notify, 28),  # RFC 3461 4.1

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from . import log as logs
-from .delivery import DELIVERED, Outcome, Result
-from .dsn import Action, Event
+from .delivery import DELIVERED, Outcome, Result, Scope
+from .dsn import Action, Event, is_report
 from .job import Job, Mark
 from .message import Message, Recipient
 from .metrics import Counter
@@ -23,10 +23,11 @@ from .reporting import Reports
 from .schedule import Schedule
 
 BAD = (Action.FAILED, Action.DELAYED)
+NOWHERE = Outcome(Result.FAILED, "5.4.4", "no way leads to the sender: [relay] has no transport", Scope.HOST)
 
 
 class Fate(NamedTuple):
-    """`event`: to be told before the mark is made; None: nothing."""
+    """`event`: to be told with the mark; None: nothing."""
 
     mark: Mark
     event: Event | None
@@ -51,15 +52,19 @@ class Fates:
         now: Callable[[], float],
         chance: Callable[[], float],
     ) -> None:
-        self._schedule = schedule
-        self._reports = reports
-        self._final = reports is not None and not schedule.soft_bounce
+        self.use(schedule, reports)
         self._log = log
         self._count = count
         self._now = now
         self._chance = chance
         self._drawn_for = -1  # a job's key
         self._drawn = 0.0
+
+    def use(self, schedule: Schedule, reports: Reports | None) -> None:
+        """Goes on by another schedule."""
+        self._schedule = schedule
+        self._reports = reports
+        self._final = reports is not None and not schedule.soft_bounce
 
     def attempted(self, job: Job, number: int, outcome: Outcome, transport: str, rest: float) -> Fate:
         """An attempt was made. `rest`: for so many seconds its destination is dead."""
@@ -74,7 +79,10 @@ class Fates:
         return self._later(job, number, outcome, transport, wait, 1, may_end=True)
 
     def unrouted(self, job: Job, number: int, outcome: Outcome, transport: str) -> Fate:
-        """The configuration has no way for it: repeated like an attempt, but nobody has tried anything."""
+        """The configuration has no way for it: repeated like an attempt, but nobody has tried anything. Only a report
+        waits for nobody to mend that: where all mail is for our own domains, nothing is ever sent out."""
+        if not transport and self._final and is_report(job.message):
+            return self._given_up(job, number, NOWHERE, transport, 0)
         return self._later(job, number, outcome, transport, self._wait(job, number), 1, may_end=False)
 
     def busy(self, job: Job, number: int, outcome: Outcome, transport: str, wait: float) -> Fate:

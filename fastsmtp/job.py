@@ -99,6 +99,16 @@ class Keeper(Protocol):
     def append(self, message: Message, draft: Draft, answer: Callable[[Stored | Refused], None]) -> None: ...
 
 
+class ReportKeeper(Protocol):
+    """What reports need. `marks` of held jobs are made with the message that tells of them, or not at all."""
+
+    def next_id(self) -> str: ...
+    def draft(self, message_id: str, drained: Callable[[], None]) -> Draft: ...
+    def append(
+        self, message: Message, draft: Draft, answer: Callable[[Stored | Refused], None], marks: Sequence[Mark]
+    ) -> None: ...
+
+
 class Turned(Protocol):
     """What a connection becomes when the roles turn (RFC 2645): the client is the server then. One of the two methods
     is called, once."""

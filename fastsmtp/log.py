@@ -71,12 +71,29 @@ RUNNER_DIED = Event(
 
 SESSION = Event(
     "session",
-    "client port listener helo tls messages seconds end",
+    "client port listener helo tls user messages seconds end",
     "A session ended; `end` is why: quit, eof, timeout, ...",
 )
 TLS_FAILED = Event("tls-failed", "client port listener why", "A TLS handshake did not succeed.")
+TURNED_AWAY = Event(
+    "turned-away",
+    "client reason connections seconds",
+    "In so many seconds so many connections of a client over its limits were closed at once; no client: of many.",
+)
+LOOKUP_FAILED = Event(
+    "lookup-failed",
+    "source to why answer failures",
+    "Whether an address is a mailbox could not be found out, so often since the last such line; it was deferred, or "
+    "accepted where the configuration says so.",
+    Level.WARNING,
+)
 REFUSED = Event("refused", "client stage reason reply from to", "A client, sender, recipient or message was refused.")
-ACCEPTED = Event("accepted", "id client from to size", "A message is kept and was answered 250.")
+AUTH_FAILED = Event(
+    "auth-failed",
+    "client port listener mechanism user reason reply",
+    "A client could not prove who it is; `user` is who it said it was.",
+)
+ACCEPTED = Event("accepted", "id client user from to size", "A message is kept and was answered 250.")
 
 DELIVERED = Event("delivered", "id to transport seconds", "One recipient has it, `seconds` after it arrived.")
 RELAYED = Event("relayed", "id to transport host reply seconds", "The next host took one recipient's mail.")
@@ -103,6 +120,10 @@ UNREACHABLE = Event(
 )
 REACHABLE = Event("reachable", "transport destination", "A destination that was dead can be reached.")
 
+AUTH_TROUBLE = Event(
+    "auth-trouble", "store why", "Users cannot be asked about; they hear 454 until they can.", Level.ERROR
+)
+AUTH_WELL = Event("auth-well", "store", "Users can be asked about again.")
 QUEUE_RUN = Event("queue-run", "client node messages", "A client had the queue run for its domains (ETRN).")
 TURNED = Event("turned", "client domains seconds end", "A client's server was sent what waited for it (ATRN).")
 
@@ -127,6 +148,24 @@ OPERATED = Event(
 
 ACCEPT_PAUSED = Event("accept-paused", "why", "New connections wait until there is room.", Level.WARNING)
 ACCEPT_RESUMED = Event("accept-resumed", "seconds", "New connections are accepted again.")
+RELOADED = Event(
+    "reloaded",
+    "by file changed restart",
+    "New sessions are served by a new configuration. What of it needs a restart is named, and was left as it was.",
+)
+RELOAD_REFUSED = Event(
+    "reload-refused", "by file errors", "A new configuration cannot be used; nothing was changed.", Level.ERROR
+)
+CERTIFICATES_RENEWED = Event(
+    "certs-renewed", "files days", "Certificates were exchanged; the first of them expires in so many days."
+)
+CERTIFICATES_KEPT = Event(
+    "certs-kept", "files why", "Changed certificates cannot be used; those before are.", Level.WARNING
+)
+LIST_PUBLISHED = Event("list-published", "file entries seconds", "A list's text has changed, and holds from now on.")
+LIST_KEPT = Event(
+    "list-kept", "file line why", "A list's text has changed and is wrong; the list before stays in force.", Level.ERROR
+)
 LINES_DROPPED = Event("lines-dropped", "lines", "So many lines before this were dropped.", Level.WARNING)
 BUG = Event("bug", "where exception trace", "The program erred: please report this line.", Level.ERROR)
 

@@ -115,7 +115,9 @@ class MemorySpool:
         """`drained` is never called: `write` always takes more."""
         return MemoryDraft(message_id, self)
 
-    def append(self, message: Message, draft: Draft, answer: Callable[[Stored | Refused], None]) -> None:
+    def append(
+        self, message: Message, draft: Draft, answer: Callable[[Stored | Refused], None], marks: Sequence[Mark] = ()
+    ) -> None:
         if not isinstance(draft, MemoryDraft):
             raise TypeError(f"a draft of another keeper: {draft!r}")
         parts = draft.take()
@@ -131,6 +133,8 @@ class MemorySpool:
         if not self._stored:
             self._loop.call_soon(self._hand_over)
         self._stored.append(job)
+        if marks:
+            self.finish(marks)
         answer(STORED)
 
     def _hand_over(self) -> None:

@@ -23,15 +23,17 @@ class Recipient:
     """One accepted forward-path. `orcpt` and `notify` (RFC 3461) are empty where the client sent none.
 
     `fault`: why this recipient cannot be delivered to, found when the message was taken; empty as a rule.
+    `sender`: the owner of the list that brought it here, in place of the reverse-path.
     """
 
-    __slots__ = ("address", "fault", "notify", "orcpt")
+    __slots__ = ("address", "fault", "notify", "orcpt", "sender")
 
     def __init__(self, address: Address, notify: str = "", orcpt: str = "", fault: str = "") -> None:
         self.address = address
         self.notify = notify
         self.orcpt = orcpt
         self.fault = fault
+        self.sender: Address | None = None
 
 
 class Content(IntFlag):
@@ -53,7 +55,7 @@ class Envelope:
 
     __slots__ = (
         "body", "client", "envid", "helo", "id", "protocol", "recipients", "require_tls", "ret", "reverse_path", "size",
-        "utf8",
+        "utf8", "waives_tls",
     )  # fmt: skip
 
     def __init__(self, reverse_path: Address) -> None:
@@ -63,6 +65,7 @@ class Envelope:
         self.body = ""  # BODY=: "7BIT", "8BITMIME", "BINARYMIME" or not given
         self.utf8 = False
         self.require_tls = False  # RFC 8689: never over a connection that is not verified
+        self.waives_tls = False  # RFC 8689 5: in clear rather than not at all, whatever its next host wants
         self.size = 0  # SIZE=, octets announced
         self.ret = ""
         self.envid = ""
@@ -122,6 +125,25 @@ class Message:
         return not int(self.content) & _KEPT_AS_SENT
 
 
+def sent_by_owner(message: Message, owner: Address) -> Message:
+    """A message as a list passes it on (RFC 5321 3.9.2). What its sender wants to be told ends at the list."""
+    envelope, given = Envelope(owner), message.envelope
+    envelope.id = given.id
+    envelope.recipients = given.recipients
+    envelope.body = given.body
+    envelope.utf8 = given.utf8 or not owner.wire.isascii()
+    envelope.require_tls = given.require_tls
+    envelope.waives_tls = given.waives_tls
+    envelope.size = given.size
+    envelope.client = given.client
+    envelope.helo = given.helo
+    envelope.protocol = given.protocol
+    return Message(
+        envelope, message.prefix, message.parts, message.size, message.header_end, message.content, message.arrived,
+        message.file, message.cuts,
+    )  # fmt: skip
+
+
 # RFC 3848, RFC 6531 4.3: the word behind "with".
 def protocol_word(base: str, utf8: bool, tls: bool, authenticated: bool) -> str:
     """`base` is SMTP, ESMTP or LMTP."""
@@ -152,6 +174,12 @@ def received_from(client: Client) -> str:
     return f"Received: from {traceable(client.helo)} ({host}){tls}\r\n\tby "
 
 
+def hidden_from(client: Client) -> str:
+    """The same without the client's name and address, for users who do not want to say where they are."""
+    tls = f"\r\n\t({client.tls})" if client.tls else ""
+    return f"Received: from localhost (hidden){tls}\r\n\tby "
+
+
 def received(from_part: str, hostname: str, envelope: Envelope, date: str) -> bytes:
     """The Received field of a message. The recipient is shown only when it is the only one."""
     recipients = envelope.recipients
@@ -172,6 +200,16 @@ def date(seconds: int) -> str:
         f"{_DAYS[t.tm_wday]}, {t.tm_mday} {_MONTHS[t.tm_mon - 1]} {t.tm_year}"
         f" {t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02} {sign}{offset // 3600:02}{offset % 3600 // 60:02}"
     )
+
+
+_WAIVER = re.compile(
+    rb"^tls-required[ \t]*:(?:[ \t]|\r?\n[ \t])*no(?:[ \t]|\r?\n[ \t])*\r?$", re.IGNORECASE | re.MULTILINE
+)
+
+
+def waives_tls(head: bytes | bytearray, header_end: int) -> bool:
+    """Whether a header says `TLS-Required: No` (RFC 8689 5); other values mean nothing."""
+    return _WAIVER.search(head, 0, header_end) is not None
 
 
 # A field name, blanks that obsolete syntax allows (RFC 5322 4.5.8), the value with its folded lines.

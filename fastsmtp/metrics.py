@@ -23,6 +23,12 @@ class Counter(IntEnum):
 
     SESSIONS = "Connections that were given a session"
     SESSIONS_REFUSED = "Connections turned away before a session began"
+    ADDRESS_FULL = "Connections turned away: their address had its sessions open"
+    NETWORK_FULL = "Connections turned away: their network had its sessions open"
+    SESSION_RATE = "Connections turned away: their client had connected too often"
+    FAILURE_RATE = "Connections, MAIL and RCPT commands refused: their client had been refused too often"
+    MESSAGE_RATE = "MAIL commands refused: their client had sent too many messages"
+    RECIPIENT_RATE = "RCPT commands refused: their client had named too many recipients"
     TLS_HANDSHAKES = "TLS handshakes completed"
     TLS_FAILURES = "TLS handshakes that failed"
     OCTETS_RECEIVED = "Octets read from clients, inside TLS"
@@ -39,3 +45,5 @@ class Counter(IntEnum):
     LOG_LINES_DROPPED = "Log lines dropped because the log was not read fast enough"
     REPORTS = "Delivery reports written"
     DESTINATIONS_DEAD = "Times that a destination was found dead"
+    AUTHENTICATED = "AUTH commands answered 235"
+    AUTH_FAILED = "Authentications that failed, or could not be done"

@@ -4,7 +4,7 @@ In: jobs, from the spool's commits while they are in memory, and claimed from th
 mark for each recipient tried, and reports. The life of a delivery:
     offer -> dispatch: recipients are routed, anew at each attempt, into lanes, one for each destination
           -> start: as many calls of `deliver` as the lane's window and the machine's slots allow
-          -> settle: outcomes become fates, reports are kept, then marks are made
+          -> settle: outcomes become fates; marks are made, and reports kept in the same commit as what they tell of
 What waits in a lane is bounded: behind that, and where the destination is dead, mail goes back to the spool with a time
 at which it is due. Bodies of waiting jobs are dropped from memory when the spool says that it has too much of them, and
 read back. Nothing is delivered that could not be marked: while the spool is not well, lanes rest.
@@ -30,7 +30,7 @@ from .delivery import Delivery, Outcome, Result, Scope, Transport
 from .destinations import DEAD, Batch, Destinations, Lane, LaneState, unreached
 from .fate import Fate, Fates
 from .job import Backlog, Job, Mark
-from .message import Message
+from .message import Message, Recipient, sent_by_owner
 from .metrics import Counter
 from .reporting import Reports
 from .schedule import Schedule
@@ -39,7 +39,7 @@ from .selection import Selection
 CLAIM = 500  # jobs claimed at once
 FEW = 50  # the same while memory is short; so many may wait then. One alone: 90 messages a second, not 5,000
 WAITING_LIMIT = 5_000  # deliveries that wait for one destination beyond this machine
-CROWDED = 6_000  # deliveries in all lanes, above which no more than FEW may wait for each destination
+CROWDED = 6_000  # the same for all of them, above which no more than FEW may wait for each
 IN_MEMORY = 10_000  # deliveries in all lanes, above which none are claimed
 TOGETHER = 60.0  # seconds that a failure waits for the message's other recipients, to be told with theirs
 POLL_SECONDS = 0.05  # to ask again for a slot that another worker has
@@ -94,6 +94,7 @@ class Queue:
         )  # fmt: skip
         self._wanted: dict[int, int] = {}  # keys of jobs that were asked for by id, and the tick then
         self._waiting = 0  # deliveries in lanes and under way
+        self._beyond = 0  # those of them that leave this machine
         self._untold: dict[int, list[Fate]] = {}  # by the job's key: failures and delays that wait to be told
         self._queued: list[Lane] = []  # to be started
         self._hungry: deque[Lane] = deque()  # refused a slot
@@ -103,6 +104,25 @@ class Queue:
         self._ticks = 0
         self._tasks: set[asyncio.Task[None]] = set()
         backlog.on_stored = self.offer
+
+    def use(
+        self,
+        transports: Mapping[str, Transport],
+        route: Callable[[Address], tuple[str, Address]],
+        schedule: Schedule,
+        reports: Reports | None,
+        total: int,
+    ) -> None:
+        """Goes on with another configuration. What waits for a transport that is none any more is still handed to it,
+        until it is through or put off; then it takes the new way."""
+        self._route = route
+        self._reports = reports
+        self._fates.use(schedule, reports)
+        self._destinations.use(transports, schedule, total)
+
+    def uses(self, transport: Transport) -> bool:
+        """Whether something goes by a transport, or may at any time."""
+        return self._destinations.uses(transport)
 
     def offer(self, jobs: list[Job]) -> None:
         """Takes jobs that were kept just now, or claimed."""
@@ -179,9 +199,10 @@ class Queue:
         recipients = job.message.envelope.recipients
         lanes: list[Lane] = []
         fates: list[Fate] = []
+        by_list = False
         tried = job.tried
         now = self._now() if tried else 0.0
-        most = WAITING_LIMIT if self._waiting < CROWDED else FEW
+        most = WAITING_LIMIT if self._beyond < CROWDED else FEW
         for number in job.pending:
             if tried and number in tried and (tried[number].due or 0.0) > now:
                 continue
@@ -192,6 +213,8 @@ class Queue:
                 lane.numbers = []
                 lanes.append(lane)
             lane.numbers.append(number)
+            if recipients[number].sender is not None:
+                by_list = True
         if self._wanted and self._wanted.pop(job.key, None) is not None:
             for lane in lanes:
                 self._destinations.forget(lane)
@@ -199,7 +222,8 @@ class Queue:
         for lane in lanes:
             numbers, lane.numbers = lane.numbers, None
             if room and numbers is not None:
-                self._put(lane, job, Delivery(job.message, [recipients[number] for number in numbers], numbers))
+                for part in _by_sender(recipients, numbers) if by_list else (numbers,):
+                    self._put(lane, job, Delivery(job.message, [recipients[number] for number in part], part))
         if fates:
             self._finish(job, fates)
         self._let_go(job)
@@ -234,6 +258,8 @@ class Queue:
         lane.waiting.append((job, delivery))
         job.deliveries += 1
         self._waiting += 1
+        if lane.cap:
+            self._beyond += 1
         if not lane.queued:
             lane.queued = True
             self._queued.append(lane)
@@ -243,9 +269,11 @@ class Queue:
         if not job.deliveries and job.pending:
             self._backlog.release(job)
 
-    def _take_off(self, batch: Batch) -> None:
+    def _take_off(self, lane: Lane, batch: Batch) -> None:
         """Deliveries that are decided, or cannot be made."""
         self._waiting -= len(batch)
+        if lane.cap:
+            self._beyond -= len(batch)
         for job, _ in batch:
             job.deliveries -= 1
             if job.pending:
@@ -295,7 +323,7 @@ class Queue:
         for job, delivery in batch:
             fates = [self._fates.postponed(job, number, lane.failure, lane.name, rest) for number in delivery.numbers]
             self._finish(job, fates)
-        self._take_off(batch)
+        self._take_off(lane, batch)
 
     def _await_slot(self, lane: Lane) -> None:
         """Slots that this worker gives back are offered to it at once; for those of others it asks again."""
@@ -321,7 +349,9 @@ class Queue:
 
     def _deliver(self, transport: Transport, batch: Batch) -> Outcomes | Awaitable[Outcomes]:
         try:
-            return transport.deliver([delivery for _, delivery in batch])
+            return transport.deliver(
+                [delivery if delivery.sender is None else _of_list(delivery) for _, delivery in batch]
+            )
         except Exception as error:
             return self._broken(batch, error)
 
@@ -344,6 +374,8 @@ class Queue:
             else:
                 job.deliveries -= 1
                 self._waiting -= 1
+                if lane.cap:
+                    self._beyond -= 1
         outcomes = self._deliver(lane.transport, whole) if whole else []
         if isinstance(outcomes, Sequence):
             self._settle(lane, place, whole, outcomes)
@@ -386,13 +418,13 @@ class Queue:
         if delivered:
             self._count(RECIPIENTS_DELIVERED, delivered)
         self._backlog.finish(marks)
-        self._take_off(batch)
+        self._take_off(lane, batch)
         if self._waiting < CLAIM:
             self._look_for_more()
 
     def _finish(self, job: Job, fates: list[Fate]) -> None:
-        """Makes the marks, those with something to tell when that is kept. Failures and delays of a message are told
-        together; a success is not kept waiting, for it would be delivered again after a crash."""
+        """Makes the marks, those with something to tell together with what tells it. Failures and delays of a message
+        are told together; a success is not kept waiting, for it would be delivered again after a crash."""
         good = [fate for fate in fates if fate.event is not None and not fate.is_bad]
         bad = [fate for fate in fates if fate.is_bad]
         if good:
@@ -412,8 +444,8 @@ class Queue:
         self._run(self._report(job, fates, patience))
 
     async def _report(self, job: Job, fates: list[Fate], patience: float) -> None:
-        """Keeps reports, then makes the marks. When that cannot be done before the end, the recipients are tried again
-        after the next start. `patience`: seconds to wait for what else of the message is under way."""
+        """Keeps reports, and the marks with them. When that cannot be done before the end, the recipients are tried
+        again after the next start. `patience`: seconds to wait for what else of the message is under way."""
         assert self._reports is not None
         pause = 0.01
         while patience > 0 and job.deliveries > 1 and not self._closing:
@@ -425,14 +457,13 @@ class Queue:
         kept = False
         try:
             head = await self._head(job, self._reports.head_size(job.message))
-            events = [fate.event for fate in fates if fate.event is not None]
-            kept = await self._reports.keep(job.message, events, head, lambda: self._closing)
+            told = [(fate.event, fate.mark) for fate in fates if fate.event is not None]
+            kept = await self._reports.keep(job.message, told, head, lambda: self._closing)
         except Exception as error:
             self._log.write(logs.BUG, "report", repr(error), logs.trace(error))
         self._waiting -= 1
         if kept:
             job.deliveries -= 1
-            self._backlog.finish([fate.mark for fate in fates])
             self._let_go(job)
 
     async def _head(self, job: Job, size: int) -> bytes:
@@ -444,6 +475,21 @@ class Queue:
         if message.parts is None:
             await self._backlog.read(job)
         return _head_of(message, size)
+
+
+def _by_sender(recipients: Sequence[Recipient], numbers: Sequence[int]) -> list[list[int]]:
+    """What goes to one destination, apart by the owners of the lists that it comes by."""
+    parts: dict[str, list[int]] = {}
+    for number in numbers:
+        sender = recipients[number].sender
+        parts.setdefault("" if sender is None else sender.wire, []).append(number)
+    return list(parts.values())
+
+
+def _of_list(delivery: Delivery) -> Delivery:
+    """As a transport is to send it; made when its message is in memory."""
+    assert delivery.sender is not None
+    return Delivery(sent_by_owner(delivery.message, delivery.sender), delivery.recipients, delivery.numbers)
 
 
 def _head_of(message: Message, size: int) -> bytes:

@@ -16,6 +16,7 @@ from .job import HELD, JOB_OCTETS, Job, Mark
 from .message import Content, Envelope, Message, Recipient
 
 ENVELOPE_FORMAT = "1"
+LISTS_FORMAT = "2"  # behind the recipients follows one more line for each: the owner of its list, or nothing
 
 # key, id, arrived, envelope, prefix, cuts, content, header_end, size, crc, body (None: in a file)
 Row: TypeAlias = tuple[int, str, float, bytes, bytes, str, int, int, int, int, bytes | None]
@@ -32,6 +33,8 @@ def render_envelope(envelope: Envelope) -> bytes:
     flags = "utf8" if envelope.utf8 else ""
     if envelope.require_tls:
         flags += " requiretls"
+    elif envelope.waives_tls:
+        flags += " waivestls"
     lines = [
         ENVELOPE_FORMAT,
         f"{path.local}@{path.domain}",
@@ -47,6 +50,11 @@ def render_envelope(envelope: Envelope) -> bytes:
     for recipient in envelope.recipients:
         address = recipient.address
         lines += (f"{address.local}@{address.domain}", recipient.notify, recipient.orcpt, recipient.fault)
+        if recipient.sender is not None:
+            lines[0] = LISTS_FORMAT
+    if lines[0] is LISTS_FORMAT:
+        senders = [recipient.sender for recipient in envelope.recipients]
+        lines += ["" if sender is None else f"{sender.local}@{sender.domain}" for sender in senders]
     text = "\n".join(lines)
     if text.count("\n") != len(lines) - 1:
         raise ValueError("a value of the envelope holds a line end")
@@ -56,24 +64,31 @@ def render_envelope(envelope: Envelope) -> bytes:
 def parse_envelope(raw: bytes, message_id: str) -> Envelope:
     """Raises ValueError for what render_envelope cannot have written."""
     version, *lines = raw.decode("utf-8", "surrogateescape").split("\n")
-    if version != ENVELOPE_FORMAT:
+    if version not in (ENVELOPE_FORMAT, LISTS_FORMAT):
         raise ValueError(f"unknown envelope format {version!r}")
     path, body, flags, size, ret, envid, client, helo, protocol, *recipients = lines
     envelope = Envelope(_address(path))
     envelope.id = message_id
     envelope.body = body
     envelope.utf8 = flags.startswith("utf8")
-    envelope.require_tls = flags.endswith("requiretls")
+    envelope.require_tls = flags.endswith(" requiretls")
+    envelope.waives_tls = flags.endswith(" waivestls")
     envelope.size = int(size)
     envelope.ret = ret
     envelope.envid = envid
     envelope.client = client
     envelope.helo = helo
     envelope.protocol = protocol
+    senders: list[str] = []
+    if version == LISTS_FORMAT:
+        recipients, senders = recipients[: len(recipients) // 5 * 4], recipients[len(recipients) // 5 * 4 :]
     envelope.recipients = [
         Recipient(_address(address), notify, orcpt, fault)
         for address, notify, orcpt, fault in zip(*[iter(recipients)] * 4, strict=True)
     ]
+    if senders:
+        for recipient, sender in zip(envelope.recipients, senders, strict=True):
+            recipient.sender = _address(sender) if sender else None
     return envelope
 
 

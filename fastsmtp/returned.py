@@ -10,11 +10,11 @@ RFC 2045 2.7, 2.8, 6.7; RFC 2046 5.2.1; RFC 6522 4; RFC 6532 3.7; RFC 6533 4.
 
 from __future__ import annotations
 
-from binascii import b2a_qp
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from .message import Message
+from .rewrite import quoted_printable
 
 LINE_LIMIT = 998
 
@@ -48,12 +48,6 @@ def return_header(message: Message, head: bytes, limit: int) -> Part:
     if octets.isascii():
         return Part("text/rfc822-headers", description, "7bit", octets)
     return Part("message/global-headers", description, "8bit", octets)
-
-
-def quoted_printable(octets: bytes) -> bytes:
-    """RFC 2045 6.7. Line by line: the library's text mode lets a bare CR pass, and makes CRLF of a bare LF."""
-    lines = (b2a_qp(line, istext=False) for line in octets.split(b"\r\n"))
-    return b"\r\n".join(line.replace(b"\n", b"\r\n") for line in lines)
 
 
 def _header(message: Message, head: bytes) -> bytes:

@@ -1,7 +1,8 @@
-"""What the supervisor hands to a worker when it forks it, and the exit code that they agree on.
+"""What the supervisor hands to a worker: what is made before the fork, and the settings, which a reload exchanges.
 
-Everything in it was made before the fork and is the worker's to use; it closes what it has done with. The
-descriptors of other workers are not in it: the child closed them.
+Everything in a `Seat` is the worker's to use; it closes what it has done with. The descriptors of other workers are
+not in it: the child closed them. `Settings` are values: they are sent to a worker that runs already, too. Both agree
+on an exit code. Not here: how settings are sent (reload.py).
 """
 
 from __future__ import annotations
@@ -10,29 +11,55 @@ import socket
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ._shared import Shared
+from .config import Config
+from .tls import Demands, Pair
 
 BACKLOG = 4096  # clients that may wait in the kernel to be accepted: its somaxconn
 EXIT_CANNOT_START = 78  # EX_CONFIG: what a worker returns that cannot start; it has logged why
+
+
+class Bound(NamedTuple):
+    """A socket that is listened on. `number` stays the same as long as the address is bound; `listener` is an index of
+    `config.listener`, which a reload may change."""
+
+    number: int
+    listener: int
+    socket: socket.socket
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """A configuration, and what was read for it with every privilege. `passwords`: those of transports, by name.
+    `pairs`: the server's certificates with their keys. By listener: what it wants of a TLS handshake, and which of the
+    seat's contexts is its own; listeners without TLS are not there."""
+
+    config: Config
+    passwords: Mapping[str, str] = field(default_factory=dict, repr=False)
+    pairs: tuple[Pair, ...] = field(default=(), repr=False)
+    demands: Mapping[int, Demands] = field(default_factory=dict, repr=False)
+    tickets: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class Seat:
     """One worker's place.
 
-    `sockets`: the listening sockets, each with its listener's index in `config.listener`. `contexts`: the TLS
-    context of each listener that has one, by the same index. `alive`: reading end of a pipe; at EOF the
-    supervisor is gone. `ready`: writing end of a pipe; the worker writes one byte once it accepts. `passwords`: those
-    of transports, by name. `asks`: where the runner of commands is asked; None where no transport has one.
+    `contexts`: bare TLS contexts, the same in all workers, for the listeners of now and of later reloads. `alive`:
+    reading end of a pipe; at EOF the supervisor is gone. `ready`: writing end of a pipe; the worker writes one byte
+    once it accepts. `orders`: where the supervisor is heard and answered. `asks`: where the runner of commands is
+    asked; None where no transport has one.
     """
 
     index: int
     workers: int
-    sockets: list[tuple[int, socket.socket]]
-    contexts: dict[int, ssl.SSLContext]
+    sockets: list[Bound]
+    contexts: list[ssl.SSLContext]
     shared: Shared
     alive: int
     ready: int
-    passwords: Mapping[str, str] = field(default_factory=dict, repr=False)
+    settings: Settings
+    orders: socket.socket | None = None
     asks: socket.socket | None = None

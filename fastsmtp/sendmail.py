@@ -27,7 +27,9 @@ from typing import NamedTuple
 
 from .address import NULL, Address, AddressError, parse_address
 from .config import Config, ConfigError, default, load
+from .header import read_header
 from .local_socket import SUBMIT, connect, workers
+from .submission import render_missing
 
 CONFIG_VARIABLE = "FASTSMTP_CONFIG"
 CONFIG_FILE = Path("/etc/fastsmtp/fastsmtp.toml")  # for callers that can give neither an option nor the variable
@@ -61,6 +63,7 @@ good; 75 cannot be taken now, try again. With any but 0 the message went to nobo
 
 OPTIONS = "A:B:C:F:GL:N:O:R:UV:X:b:e:f:h:imno:p:r:tv"
 MODES = ("m", "s", "p")
+RCPTMAX = re.compile(r"\bRCPTMAX=([0-9]{1,9})\b", re.IGNORECASE)
 NOTIFY = re.compile(r"NEVER|(?:SUCCESS|FAILURE|DELAY)(?:,(?:SUCCESS|FAILURE|DELAY))*")
 
 
@@ -182,7 +185,8 @@ def prepare(order: Order, octets: bytes, hostname: str, user: str) -> Mail:
     text = re.sub(rb"\r?\n", b"\r\n", octets)
     if text and not text.endswith(b"\r\n"):
         text += b"\r\n"
-    fields, body = split_header(text)
+    header = read_header(text)
+    body = text[header.end :].removeprefix(b"\r\n")  # also where no empty line ends the header
     if order.sender is None:
         sender = _parse(user, hostname)
     elif order.sender.strip() in ("", "<>"):
@@ -191,60 +195,30 @@ def prepare(order: Order, octets: bytes, hostname: str, user: str) -> Mail:
         (sender,) = _addresses([order.sender], hostname)[:1] or [NULL]
     recipients = _addresses(order.recipients, hostname)
     if order.from_header:
-        names = {name for name, _ in fields}
+        names = {field.name for field in header.fields}
         resent = "resent-" if names & {"resent-to", "resent-cc", "resent-bcc"} else ""
         wanted = {f"{resent}to", f"{resent}cc", f"{resent}bcc"}
-        values = [
-            re.sub(rb"\r\n(?:\Z|(?=[ \t]))", b"", field).partition(b":")[2] for name, field in fields if name in wanted
-        ]
+        values = [re.sub(rb"\r\n(?:\Z|(?=[ \t]))", b"", field.value) for field in header.fields if field.name in wanted]
         recipients += _addresses([value.decode("utf-8", "surrogateescape") for value in values], hostname)
     recipients = list({address.mailbox: address for address in recipients}.values())
     if not recipients:
         raise RefusedError(os.EX_USAGE, "no recipient: give addresses, or -t and a message that names some")
-    kept = [(name, field) for name, field in fields if name not in ("bcc", "resent-bcc")]
-    added = _missing({name for name, _ in kept}, sender or _parse(user, hostname), order.full_name, hostname)
-    return Mail(sender, recipients, b"".join([added, *[field for _, field in kept], b"\r\n", body]))
+    kept = [field for field in header.fields if field.name not in ("bcc", "resent-bcc")]
+    wanted_fields = {
+        "Message-ID": make_msgid(domain=hostname),
+        "Date": formatdate(localtime=True),
+        "From": _from(order.full_name, sender or _parse(user, hostname)),
+    }
+    added = render_missing({field.name for field in kept}, wanted_fields)
+    return Mail(sender, recipients, b"".join([added, *[text[start:end] for _, start, end, _ in kept], b"\r\n", body]))
 
 
 _CONTROL = re.compile(r"[\x00-\x08\x0a-\x1f\x7f]")
-_FIELD = re.compile(rb"([!-9;-~]+)[ \t]*:")
-
-
-def split_header(text: bytes) -> tuple[list[tuple[str, bytes]], bytes]:
-    """The header fields (name in lower case, whole field) and the body. What is no field ends the header, also
-    without an empty line; a line of an mbox file before it ("From ...") is left out."""
-    if text.startswith(b"From "):
-        text = text.partition(b"\r\n")[2]
-    fields: list[tuple[str, bytes]] = []
-    place = 0
-    while place < len(text):
-        end = text.find(b"\r\n", place) + 2
-        line = text[place:end]
-        if line == b"\r\n":
-            return fields, text[end:]
-        if line[:1] in (b" ", b"\t") and fields:
-            fields[-1] = (fields[-1][0], fields[-1][1] + line)
-        elif match := _FIELD.match(line):
-            fields.append((match[1].decode("ascii").lower(), line))
-        else:
-            break
-        place = end
-    return fields, text[place:]
-
-
-def _missing(there: set[str], sender: Address, full_name: str, hostname: str) -> bytes:
-    """The fields that every message must have and this one has not (RFC 5322 3.6, RFC 6409 8)."""
-    made: Mapping[str, Callable[[], str]] = {
-        "Message-ID": lambda: make_msgid(domain=hostname),
-        "Date": lambda: formatdate(localtime=True),
-        "From": lambda: _from(full_name, sender),
-    }
-    lines = [f"{name}: {make()}\r\n" for name, make in made.items() if name.lower() not in there]
-    return "".join(lines).encode()
 
 
 def _from(full_name: str, sender: Address) -> str:
-    name = " ".join(full_name.split())
+    # Arguments are octets; what is not UTF-8 has no place in a header.
+    name = " ".join(full_name.encode("utf-8", "surrogateescape").decode("utf-8", "replace").split())
     return formataddr((name, sender.wire)) if sender.wire.isascii() else f"{sender.wire}"
 
 
@@ -253,7 +227,11 @@ def _addresses(values: Sequence[str], hostname: str) -> list[Address]:
     for value in values:
         if _CONTROL.search(value):  # the parser would read on behind it
             raise RefusedError(os.EX_DATAERR, f"{value!a} is no address: it holds a control character")
-    return [_parse(text, hostname) for _, text in getaddresses(values) if text]
+    try:
+        found = getaddresses(values)
+    except RecursionError:
+        raise RefusedError(os.EX_DATAERR, f"{values[0][:40]!a}... is no address: comments in comments") from None
+    return [_parse(text, hostname) for _, text in found if text]
 
 
 def _parse(text: str, hostname: str) -> Address:
@@ -307,6 +285,9 @@ def _hand_over(mail: Mail, order: Order, config: Config) -> None:
 
 
 def _transact(client: _Local, mail: Mail, order: Order) -> None:
+    most = RCPTMAX.search(client.esmtp_features.get("limits", ""))
+    if most is not None and len(mail.recipients) > int(most[1]):  # RFC 9422
+        raise RefusedError(os.EX_UNAVAILABLE, f"more than {most[1]} recipients: send it to some of them at a time")
     options = [f"SIZE={len(mail.octets)}"]
     if not mail.octets.isascii():
         options.append("BODY=8BITMIME")
@@ -352,7 +333,10 @@ def _line(text: bytes) -> str:
 
 def _xtext(text: str) -> str:
     """RFC 3461 4."""
-    return "".join(c if "!" <= c <= "~" and c not in "+=" else "".join(f"+{o:02X}" for o in c.encode()) for c in text)
+    return "".join(
+        c if "!" <= c <= "~" and c not in "+=" else "".join(f"+{o:02X}" for o in c.encode("utf-8", "surrogateescape"))
+        for c in text
+    )
 
 
 # -bs and -bp

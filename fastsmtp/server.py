@@ -1,16 +1,18 @@
 """One worker: where objects are wired together, and the order in which they start and end.
 
 In: a configuration and a seat (listening sockets, TLS contexts, shared counters) that the supervisor made before the
-fork. Out: an exit code. Start: log, spools (a left-over spool of a worker that is no more is adopted and drained),
-transports, queues, listeners; then the garbage collector is told that all of it stays. End, at SIGTERM or when the
-supervisor is gone: listeners close, idle sessions hear 421, what is under way is finished within a limit, then queue
-and spool close.
-Not here: processes and privileges (supervisor), transports and routes (outgoing), what a session does.
+fork; later its orders to serve by another configuration. Out: an exit code. Start: log, spools (a left-over spool of a
+worker that is no more is adopted and drained), what the configuration says (a Generation), queues, doors; then the
+garbage collector is told that all of it stays. A reload makes a generation for new sessions; old ones end in theirs.
+End, at SIGTERM or when the supervisor is gone: listeners close, idle sessions hear 421, what is under way is finished
+within a limit, then queue and spool close.
+Not here: processes and privileges (supervisor), checks and services (generation), what a session does.
 """
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import gc
 import hashlib
 import os
@@ -19,38 +21,31 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable
-from ipaddress import ip_address
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from ssl import SSLError
 
 import uvloop
 
-from . import local_socket
 from . import log as logs
-from .address import NULL, Address, parse_address
 from .colleagues import Colleagues
-from .config import Config, Listener, Maildir, Unix
+from .config import Config, Maildir
 from .control import Control, Desk, Place
-from .customers import Customers, Fetch, QueueRun
 from .delivery import maildir as maildir_transport
 from .doors import Door, Guard
-from .dsn import Reporter
+from .generation import LOCAL, Generation, Tools
+from .list_watch import folder_of
+from .lists import ListError, Lists
 from .log import Log
 from .memory_spool import MemorySpool
 from .metrics import Counter
-from .outgoing import Ways
-from .policy import Check, Policy
-from .policy.recipients import Recipients
-from .policy.relay import Relay, Trust
 from .queue import Queue
-from .reply import R421_NOT_TAKING_MAIL, R452_NO_ROOM, Reply
-from .reporting import Reports
-from .schedule import Schedule
-from .seat import EXIT_CANNOT_START, Seat
-from .service import Service, Times
-from .session import Terms
+from .reload import Order, Orders
+from .seat import EXIT_CANNOT_START, Bound, Seat, Settings
+from .service import Service
 from .spool import Spool, SpoolError
+from .tls import Entrance, Pair
 
 LOG_SECONDS = 0.05  # 2 µs a line, on the loop: more at once would be felt by sessions
 IDLE_TICKS = 5  # seconds without a message after which garbage is collected
@@ -90,16 +85,19 @@ class Worker:
         self._now = clock()
         self._spools: list[Spool | MemorySpool] = []  # the first is this worker's own
         self._queues: list[Queue] = []
-        self._ways: Ways
-        self._services: list[Service] = []
+        self._entrances = [Entrance(context) for context in seat.contexts]
+        self._tools: Tools
+        self._generation: Generation
+        self._next: tuple[Generation, Order, list[socket.socket]] | None = None  # prepared, not adopted yet
+        self._former: list[Generation] = []  # with sessions that began in them
         self._doors: list[Door] = []
         self._guard: Guard
         self._control: Control
-        self._customers: Customers
-        self._colleagues: Colleagues
+        self._orders: Orders | None = None
         self._stop = asyncio.Event()
         self._accepted = 0  # messages, at the last tick
         self._idle = 0
+        self._closing: set[asyncio.Task[None]] = set()
         self._commits = (0, 0)  # flushed and failed, at the last tick
 
     async def serve(self) -> int:
@@ -111,7 +109,7 @@ class Worker:
         try:
             self._open()
             await self._control.open()
-        except (SpoolError, OSError) as error:
+        except (SpoolError, ListError, OSError) as error:
             self._log.write(logs.CANNOT_START, str(error))
             self._log.close()
             return EXIT_CANNOT_START
@@ -124,6 +122,8 @@ class Worker:
         gc.collect()
         gc.freeze()
         gc.set_threshold(50_000, 20, 1_000_000)
+        if self._seat.orders is not None:
+            self._orders = Orders(self._seat.orders, self._loop, self, self._on_bug)
         self._tick()
         self._flush_log()
         await self._stop.wait()
@@ -134,27 +134,32 @@ class Worker:
 
     def _open(self) -> None:
         config, seat = self._config, self._seat
-        self._ways = Ways(config, seat, self._log, identity(config.data_dir))
-        self._add_spool(self._open_spool(seat.index))
+        self._spools.append(self._open_spool(seat.index))
         for left_over in self._left_over_spools():
-            self._add_spool(self._open_spool(left_over))
+            self._spools.append(self._open_spool(left_over))
             for section in config.transport.values():
                 if isinstance(section, Maildir):
                     folder = maildir_transport.temporary_folder(section.path, identity(config.data_dir))
                     maildir_transport.remove_leftovers(folder, left_over)
+        self._tools = Tools(
+            loop=self._loop,
+            log=self._log,
+            seat=seat,
+            now=self._now,
+            identity=identity(config.data_dir),
+            keeper=self._spools[0],
+            colleagues=Colleagues(config.data_dir, seat.workers),
+            entrances=self._entrances,
+            lists=Lists(folder_of(config)),
+            ending=self._stop.is_set,
+        )
+        self._use_certificates(seat.settings)
+        self._generation = Generation(seat.settings, self._tools, seat.asks)
+        for spool in self._spools:
+            self._queues.append(self._make_queue(spool))
         self._guard = Guard(self._loop, self._doors, self._log)
-        trust = Trust(config.relay.networks)
-        self._customers = Customers(config.customer)
-        self._colleagues = Colleagues(config.data_dir, seat.workers)
-        for number, listener in enumerate(config.listener):
-            # What comes by LMTP is for mailboxes of ours, whoever hands it over (RFC 2033 1).
-            relays = bool(config.relay.networks) and listener.role not in ("lmtp", "odmr")
-            service = self._make_service(number, listener, trust if relays else None)
-            self._services.append(service)
-            for owner, listening in seat.sockets:
-                if owner == number:
-                    implicit = listener.tls == "implicit"
-                    self._doors.append(Door(service, listening, implicit, self._guard))
+        for bound in seat.sockets:
+            self._doors.append(self._make_door(self._generation, bound))
         self._open_control()
 
     def _open_control(self) -> None:
@@ -165,13 +170,13 @@ class Worker:
             for spool, queue in zip(self._spools, self._queues, strict=True)
             if isinstance(spool, Spool)
         ]
-        desk = Desk(places, seat.workers, self._now, self._log)
+        desk = Desk(places, seat.workers, self._now, self._log, self._reload)
         self._control = Control(config.data_dir, seat.index, seat.workers, desk, self._log)
-        where = Unix(config.data_dir / local_socket.SUBMIT / str(seat.index))
-        local = Listener(address=(where,), early_talker="allow", bare="normalize")
-        service = self._make_service(-1, local, lambda _: True)
-        self._services.append(service)
-        self._doors.append(Door(service, self._control.submission(), False, self._guard))
+        self._doors.append(self._make_door(self._generation, Bound(LOCAL, LOCAL, self._control.submission())))
+
+    def _make_door(self, generation: Generation, bound: Bound) -> Door:
+        service = generation.services[bound.listener]
+        return Door(bound.number, service, bound.socket, generation.is_implicit(bound.listener), self._guard)
 
     def _open_spool(self, number: int) -> Spool | MemorySpool:
         config = self._config
@@ -197,137 +202,108 @@ class Worker:
         found = [int(entry.name) for entry in (self._config.data_dir / "spool").iterdir() if entry.name.isdecimal()]
         return [number for number in sorted(found) if number >= workers and number % workers == self._seat.index]
 
-    def _add_spool(self, spool: Spool | MemorySpool) -> None:
-        self._spools.append(spool)
-        config = self._config.queue
-        self._queues.append(
-            Queue(
-                spool,
-                self._ways.transports,
-                self._ways.route,
-                log=self._log,
-                count=self._count,
-                now=self._now,
-                schedule=Schedule(
-                    config.retry,
-                    config.retry_max,
-                    config.lifetime,
-                    config.report_lifetime,
-                    config.delay_report,
-                    config.soft_bounce,
-                ),
-                reports=self._make_reports(),
-                shared=self._seat.shared,
-                worker=self._seat.index,
-                total=config.concurrency_total,
-            )
-        )
-
-    def _make_reports(self) -> Reports:
-        """All reports are kept in the worker's own spool, whichever spool they are about."""
-        config = self._config
-        postmaster = NULL
-        if config.queue.report_postmaster:
-            postmaster = parse_address(config.postmaster) if config.postmaster else Address("postmaster", "")
-        return Reports(
-            self._spools[0],
-            Reporter(config.hostname),
+    def _make_queue(self, spool: Spool | MemorySpool) -> Queue:
+        generation = self._generation
+        return Queue(
+            spool,
+            generation.ways.transports,
+            generation.ways.route,
             log=self._log,
             count=self._count,
             now=self._now,
-            postmaster=postmaster,
+            schedule=generation.schedule(),
+            reports=generation.reports(spool),
+            shared=self._seat.shared,
+            worker=self._seat.index,
+            total=generation.config.queue.concurrency_total,
         )
 
-    def _make_service(self, number: int, listener: Listener, trusts: Callable[[str], bool] | None) -> Service:
-        """`trusts`: who may send to any domain, by address; None: nobody."""
-        config, seat = self._config, self._seat
-        limits, timeouts = config.limits, config.timeouts
-        keeper = self._spools[0]
-        context = seat.contexts.get(number)
-        ways = self._ways
-        checks: list[Check] = [Recipients(ways.domains)]
-        if trusts is not None:
-            checks.insert(0, Relay(ways.domains, ways.route))
-        fetches = bool(config.customer) and listener.role != "lmtp" and number >= 0
-        if fetches:
-            checks.append(QueueRun(self._customers, self._colleagues, self._log))
-        if fetches and listener.role == "odmr":
-            checks.append(self._make_fetch())
-        policy = Policy(checks, self._log)
-        terms = Terms(
-            config.hostname,
-            listener.role,
-            next_id=keeper.next_id,
-            room=self._make_room(keeper),
-            now=self._now,
-            asks=policy.stages,
-            any_octets=ways.any_octets,
-            reports="all" if listener.dsn else "trusted",
-            keeps_tls=ways.keeps_tls,
-            soft=config.queue.soft_bounce,
-            tls=listener.tls == "starttls" and context is not None,
-            brackets=listener.brackets,
-            bare_data=listener.bare != "reject",
-            bare_bdat=listener.bare_bdat == "keep",
-            message_size=limits.message_size,
-            recipients=limits.recipients,
-            hops=limits.received,
-            errors=limits.errors,
-            useless=limits.useless,
-        )
-        return Service(
-            str(listener.address[0]),
-            terms,
-            loop=self._loop,
-            keeper=keeper,
-            policy=policy,
-            log=self._log,
-            shared=seat.shared,
-            worker=seat.index,
-            times=Times(
-                timeouts.command,
-                timeouts.data,
-                timeouts.data_rate,
-                timeouts.tls,
-                timeouts.session,
-                timeouts.oversize,
-                timeouts.write,
-                listener.greet_delay,
-            ),
-            context=context,
-            early_refused=listener.early_talker == "refuse",
-            session_limit=limits.sessions,
-            withheld=_withheld(listener),
-            trusts=trusts,
-            fetches=self._customers.fetches if fetches else None,
-            command_line=limits.command_line,
-            auth_line=limits.auth_line,
-            text_line=limits.text_line,
-            header=limits.header,
-            bare=listener.bare,
-        )
+    # Reload: what the supervisor orders
 
-    def _make_fetch(self) -> Fetch:
-        config = self._config
-        return Fetch(
-            self._customers,
-            self._colleagues,
-            config.data_dir,
-            config.hostname,
-            waits=self._ways.waits,
-            log=self._log,
-            ending=self._stop.is_set,
-        )
+    def prepare(self, order: Order, sockets: Sequence[socket.socket], asks: socket.socket | None) -> None:
+        """Makes what a configuration needs. Raises OSError and ValueError, and has changed nothing then."""
+        self.forget()
+        generation = Generation(order.settings, self._tools, asks, self._generation)
+        self._next = (generation, order, list(sockets))
 
-    def _make_room(self, keeper: Spool | MemorySpool) -> Callable[[int], Reply | None]:
-        def room(size: int) -> Reply | None:
-            if keeper.room(size):
-                return None
-            return R452_NO_ROOM if keeper.healthy else R421_NOT_TAKING_MAIL
+    def forget(self) -> None:
+        """What was prepared is not wanted."""
+        if self._next is not None:
+            generation, _, sockets = self._next
+            self._next = None
+            for one in sockets:
+                one.close()
+            self._close_later(generation)
 
-        return room
+    def adopt(self) -> None:
+        """Serves new sessions by what was prepared."""
+        assert self._next is not None
+        generation, order, sockets = self._next
+        self._next = None
+        former, self._generation = self._generation, generation
+        self._use_certificates(order.settings)
+        for spool, queue in zip(self._spools, self._queues, strict=True):
+            queue.use(
+                generation.ways.transports,
+                generation.ways.route,
+                generation.schedule(),
+                generation.reports(spool),
+                generation.config.queue.concurrency_total,
+            )
+        listeners = {LOCAL: LOCAL, **dict(order.bound)}
+        for door in list(self._doors):
+            if door.number in listeners:
+                number = listeners[door.number]
+                door.use(generation.services[number], generation.is_implicit(number))
+            else:
+                door.close_for_good()
+                self._doors.remove(door)
+        for number, fresh in zip(order.fresh, sockets, strict=True):
+            door = self._make_door(generation, Bound(number, listeners[number], fresh))
+            self._doors.append(door)
+            door.reopen()
+        self._former.append(former)
+
+    def renew(self, pairs: tuple[Pair, ...]) -> None:
+        """Certificates were exchanged, and nothing else."""
+        self._generation.settings = replace(self._generation.settings, pairs=pairs)
+        self._use_certificates(self._generation.settings)
+
+    def _use_certificates(self, settings: Settings) -> None:
+        for number, entrance in settings.tickets.items():
+            self._entrances[entrance].use(settings.demands[number], settings.pairs)
+
+    async def _reload(self, uid: int) -> dict[str, object]:
+        """An operator asks for it; what became of it. Raises OSError and TimeoutError."""
+        if self._orders is None:
+            raise OSError(errno.ENOTSUP, "this server was started without a configuration file")
+        return await self._orders.reload(uid)
+
+    def _close_former(self) -> None:
+        """Ends generations that nobody needs any more: neither sessions nor, for their transports, queues."""
+        for former in list(self._former):
+            unused = not any(queue.uses(one) for queue in self._queues for one in former.ways.transports.values())
+            if unused and not former.has_sessions:
+                self._former.remove(former)
+                self._close_later(former)
+
+    def _close_later(self, generation: Generation) -> None:
+        task = self._loop.create_task(self._close(generation))
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+    async def _close(self, generation: Generation) -> None:
+        """Ends what is no other generation's too."""
+        shared = [part for other in (self._generation, *self._former) for part in other.parts()]
+        for part in generation.parts():
+            if part not in shared:
+                await part.close()
 
     # While it runs
+
+    @property
+    def _services(self) -> list[Service]:
+        return [one for each in (self._generation, *self._former) for one in each.services.values()]
 
     def _count(self, counter: Counter, n: int) -> None:
         self._seat.shared.add(self._seat.index, counter, n)
@@ -341,12 +317,19 @@ class Worker:
         for queue in self._queues:
             queue.tick()
         self._guard.tick()
+        self._refresh_lists()
+        if self._former:
+            self._close_former()
         self._count_commits()
         accepted = self._seat.shared.total(Counter.MESSAGES_ACCEPTED)
         self._idle = self._idle + 1 if accepted == self._accepted else 0
         self._accepted = accepted
         if self._idle == IDLE_TICKS:
             gc.collect()
+
+    def _refresh_lists(self) -> None:
+        for error in self._tools.lists.refresh():
+            self._log.write(logs.LIST_KEPT, error.file, error.line, error.message)
 
     def _count_commits(self) -> None:
         totals = [spool.commits for spool in self._spools if isinstance(spool, Spool)]
@@ -360,6 +343,9 @@ class Worker:
         dropped = self._log.flush()
         if dropped:
             self._count(Counter.LOG_LINES_DROPPED, dropped)
+
+    def _on_bug(self, error: Exception) -> None:
+        self._log.write(logs.BUG, "reload", repr(error), logs.trace(error))
 
     def _on_exception(self, _: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
         """What no caller could take: a TLS handshake that failed, or a bug."""
@@ -380,13 +366,16 @@ class Worker:
 
     async def _end(self) -> None:
         await self._control.close()
+        if self._orders is not None:
+            self._orders.close()
+        self.forget()
         for door in self._doors:
             door.close_for_good()
         for service in self._services:
             service.drain()
         # Half of the time is the transports': what one still has at the end is delivered and not marked, so twice.
-        middle = time.monotonic() + self._config.timeouts.shutdown / 2
-        deadline = middle + self._config.timeouts.shutdown / 2
+        middle = time.monotonic() + self._generation.config.timeouts.shutdown / 2
+        deadline = middle + self._generation.config.timeouts.shutdown / 2
         await self._sessions_ended(middle)
         queues = asyncio.gather(*[queue.close() for queue in self._queues])
         await self._sessions_ended(deadline)
@@ -394,9 +383,10 @@ class Worker:
             for connection in service.connections():
                 connection.abort("shutdown")
         await self._within(deadline, queues)
-        for transport in self._ways.transports.values():
-            await self._within(deadline, transport.close())
-        await self._within(deadline, self._ways.close())
+        if self._closing:
+            await self._within(deadline, asyncio.wait(self._closing))
+        for part in dict.fromkeys(part for one in (*self._former, self._generation) for part in one.parts()):
+            await self._within(deadline, part.close())
         for spool in self._spools:
             await spool.close()
         self._log.close()
@@ -411,19 +401,3 @@ class Worker:
             await asyncio.wait_for(work, max(1.0, deadline - time.monotonic()))
         except TimeoutError:
             pass
-
-
-def _withheld(listener: Listener) -> Callable[[str], frozenset[str]] | None:
-    """The keywords that a client is not offered, by its address; None when every client is offered all."""
-    rules = [(frozenset(rule.keywords), rule.networks) for rule in listener.withhold]
-    if not rules:
-        return None
-
-    def withheld(ip: str) -> frozenset[str]:
-        found: frozenset[str] = frozenset()
-        for keywords, networks in rules:
-            if not networks or (ip and any(ip_address(ip) in network for network in networks)):
-                found |= keywords
-        return found
-
-    return withheld

@@ -21,10 +21,11 @@ from .commands import BARRIERS
 from .job import Keeper
 from .metrics import Counter
 from .policy import Policy
-from .session import Terms
+from .terms import Terms
 
 if TYPE_CHECKING:
     from .connection import Connection
+    from .policy.limits import Limits
 
 
 class Times:
@@ -66,8 +67,8 @@ class Service:
     """
 
     __slots__ = (
-        "context", "draining", "early_refused", "fetches", "keeper", "leaving", "log", "loop", "make_parser", "name",
-        "outbox", "policy", "rounds", "session_limit", "shared", "tasks", "terms", "times", "trusts", "turn",
+        "context", "draining", "early_refused", "fetches", "keeper", "leaving", "limits", "log", "loop", "make_parser",
+        "name", "outbox", "policy", "rounds", "session_limit", "shared", "tasks", "terms", "times", "trusts", "turn",
         "withheld", "worker",
     )  # fmt: skip
 
@@ -89,6 +90,7 @@ class Service:
         withheld: Callable[[str], frozenset[str]] | None = None,
         trusts: Callable[[str], bool] | None = None,
         fetches: Callable[[str], bool] | None = None,
+        limits: Limits | None = None,
         command_line: int = 2048,
         auth_line: int = 12288,
         text_line: int = 1 << 20,
@@ -110,6 +112,7 @@ class Service:
         self.withheld = withheld
         self.trusts = trusts
         self.fetches = fetches
+        self.limits = limits
         self.make_parser: Callable[[], Parser] = partial(
             Parser,
             BARRIERS,
@@ -135,6 +138,8 @@ class Service:
         now = time.monotonic()
         for connection in self.connections() if self.draining else (*self.rounds[self.turn], *self.leaving):
             connection.check(now)
+        if self.limits is not None:
+            self.limits.tick()
 
     def drain(self) -> None:
         """Ends every session as soon as no message is under way in it."""

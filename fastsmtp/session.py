@@ -1,46 +1,53 @@
-"""Session, the life of a connection, and Transaction, the life of one mail: both decide and never wait.
+"""Session, the life of a connection: it decides and never waits.
 
 In: lines, ends of data, verdicts and the spool's answers. Out: an Answer, one for each of them: a Reply, an `Ask`
 (a policy decides, `resume` takes its verdict), a `Chunk` (BDAT octets follow, then `take_end`) or a `Store` (the
 spool keeps the message, `resume` takes its answer). What a reply brings about is said by the reply itself.
 A transaction that ends, however it ends, is forgotten as a whole: `self.transaction = None`. HELO, TLS and every
 counter outlive it. Rules that hold for many verbs are columns of the verb table and are applied in `receive`.
-Not here: octets and their limits (parser), time-outs and early talkers (connection), who may send to whom (policy).
+Not here: octets and their limits (parser), time-outs and early talkers (connection), who may send to whom (policy),
+what one mail gathers until it is whole (transaction.py).
 RFC 5321 3.1, 3.3, 4.1.4, 4.5.3; RFC 2033; RFC 2920; RFC 3030; RFC 3207; RFC 6531;
-RFC 1985; RFC 2645.
+RFC 4954; RFC 1985; RFC 2645.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from ._parser import BodyEnd, FrameError, Line
 from .address import NULL
+from .auth import MECHANISMS, Attempt, available
+from .auth_exchange import Exchange
 from .commands import (
     FOREIGN,
     NONE,
     NOT_IMPLEMENTED,
     REQUIRED,
+    TABLE,
     VERBS,
+    Verb,
+    parse_auth,
     parse_bdat,
     parse_domains,
     parse_mail,
+    parse_name,
     parse_node,
     parse_rcpt,
 )
-from .extensions import CommandError, Offer, offered, without_success
+from .extensions import CommandError, without_success
 from .message import (
     Envelope,
     Recipient,
     date,
+    hidden_from,
     protocol_word,
     received,
     received_from,
-    trace,
+    waives_tls,
 )
 from .reply import (
-    R214_HELP,
     R220_READY_FOR_TLS,
     R221_BYE,
     R250_CHUNK_OK,
@@ -51,9 +58,11 @@ from .reply import (
     R252_CANNOT_VRFY,
     R354_GO_AHEAD,
     R421_TOO_MANY_ERRORS,
+    R421_TOO_MANY_GUESSES,
     R421_TOO_MANY_USELESS,
     R452_TOO_MANY_RECIPIENTS,
     R454_NO_TLS,
+    R500_AUTH_LINE_TOO_LONG,
     R500_BARE_LF,
     R500_LINE_TOO_LONG,
     R500_LINE_TOO_LONG_CLOSING,
@@ -65,6 +74,7 @@ from .reply import (
     R501_BAD_PARAMETER,
     R501_NO_ARGUMENT,
     R502_NOT_IMPLEMENTED,
+    R503_AUTHENTICATED,
     R503_BDAT_UNDER_WAY,
     R503_BINARYMIME_NEEDS_BDAT,
     R503_HELO_FIRST,
@@ -74,136 +84,32 @@ from .reply import (
     R503_RCPT_AFTER_BDAT,
     R503_RCPT_FIRST,
     R503_REFUSED,
+    R504_UNKNOWN_MECHANISM,
     R530_AUTH_NEEDED,
+    R538_TLS_NEEDED,
     R550_BARE_LINE_END,
-    R550_HOP_NEEDS_ASCII,
     R550_LINE_TOO_LONG,
     R552_HEADER_TOO_BIG,
     R552_HOP_TOO_BIG,
     R552_TOO_BIG,
     R552_TOO_BIG_CLOSING,
     R553_NEEDS_SMTPUTF8,
-    R554_HOP_NEEDS_7BIT,
     R554_LOOP,
     R554_NO_VALID_RECIPIENTS,
     R555_UNKNOWN_PARAMETER,
     SILENT_CLOSE,
     Reply,
+    Then,
+    help_with,
     joined,
-    named,
     queued,
     softened,
 )
-from .verdict import Ask, Client, NextHop, Refused, Stage, Store, Stored, Verdict
-
-
-class Terms:
-    """What one listener demands and offers: the same for all its sessions.
-
-    `room(size)` is the refusal of a message that cannot be kept now; `next_id()` names a new message; `now()` is the
-    time in seconds since the epoch. `asks` are the stages at which a policy wants to be asked. `reports`: whom DSN is
-    offered to. `keeps_tls`: the same for REQUIRETLS; for "all" each message stays on this machine or goes to a host
-    that is verified by name, for "strangers" those do that a stranger may send. `soft`: what would be refused for good
-    is put off.
-    """
-
-    __slots__ = (
-        "any_octets", "ask_connect", "ask_helo", "ask_mail", "ask_rcpt", "bare_bdat", "bare_data", "brackets",
-        "ehlo", "errors", "greeting", "helo", "hops", "hostname", "keeps_tls", "lmtp", "message_size", "next_id", "now",
-        "odmr", "recipients", "reports", "room", "soft", "submission", "tls", "useless",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        hostname: str,
-        role: str,
-        *,
-        next_id: Callable[[], str],
-        room: Callable[[int], Reply | None],
-        now: Callable[[], float],
-        asks: frozenset[Stage] = frozenset(),
-        any_octets: bool = False,
-        reports: Literal["nobody", "trusted", "all"] = "nobody",
-        keeps_tls: Literal["nobody", "strangers", "all"] = "nobody",
-        soft: bool = False,
-        tls: bool = False,
-        brackets: bool = True,
-        bare_data: bool = False,
-        bare_bdat: bool = True,
-        message_size: int = 50 << 20,
-        recipients: int = 1000,
-        hops: int = 100,
-        errors: int = 20,
-        useless: int = 100,
-    ) -> None:
-        self.hostname = hostname
-        self.lmtp = role == "lmtp"
-        self.submission = role == "submission"
-        self.odmr = role == "odmr"
-        self.next_id = next_id
-        self.room = room
-        self.now = now
-        self.ask_connect = Stage.CONNECT in asks
-        self.ask_helo = Stage.HELO in asks
-        self.ask_mail = Stage.MAIL in asks
-        self.ask_rcpt = Stage.RCPT in asks
-        self.any_octets = any_octets
-        self.reports = reports
-        self.keeps_tls = keeps_tls
-        self.soft = soft
-        self.tls = tls  # STARTTLS can be done
-        self.brackets = brackets
-        self.bare_data = bare_data  # a bare CR or LF in DATA is accepted
-        self.bare_bdat = bare_bdat
-        self.message_size = message_size
-        self.recipients = recipients
-        self.hops = hops
-        self.errors = errors
-        self.useless = useless
-        self.helo = Reply(250, "", hostname)
-        self.greeting = named(Reply(220, "", "LMTP fastsmtp" if self.lmtp else "ESMTP fastsmtp"), hostname)
-        self.ehlo: dict[tuple[bool, bool, bool, frozenset[str]], Reply] = {}
-
-    def ehlo_reply(self, in_tls: bool, trusted: bool, fetches: bool, withheld: frozenset[str]) -> Reply:
-        """The answer to EHLO or LHLO, made once for each state. `trusted`: the client may send to any domain;
-        `fetches`: mail waits here for its own."""
-        reply = self.ehlo.get((in_tls, trusted, fetches, withheld))
-        if reply is None:
-            offer = Offer(
-                self.message_size,
-                self.recipients,
-                starttls=self.tls and not in_tls,
-                # What a host elsewhere takes is not known before it is asked.
-                any_octets=self.any_octets and not trusted,
-                withheld=withheld,
-                reports=self.reports == "all" or (self.reports == "trusted" and trusted),
-                keeps_tls=in_tls and (self.keeps_tls == "all" or (self.keeps_tls == "strangers" and not trusted)),
-                fetches=fetches,
-                odmr=self.odmr,
-            )
-            reply = Reply(250, "", "\n".join([self.hostname, *offered(offer).values()]))
-            self.ehlo[in_tls, trusted, fetches, withheld] = reply
-        return reply
-
-
-class Transaction:
-    """One mail on its way in. `failure` is what every further BDAT of it is answered; `accepted` has the recipient of
-    each RCPT that was answered 250, in order, `seen` the same by mailbox; `announced` is the octets of its chunks.
-    `foreign` are the recipients whose mailboxes are not ours, `hops` what the next hosts of the others take; None for
-    none, as most messages have it."""
-
-    __slots__ = ("accepted", "announced", "begun", "envelope", "failure", "foreign", "hops", "seen", "tried")
-
-    def __init__(self, envelope: Envelope) -> None:
-        self.envelope = envelope
-        self.accepted: list[Recipient] = []
-        self.seen: dict[str, Recipient] = {}
-        self.tried = False  # a RCPT was heard
-        self.begun = False  # by BDAT: no more recipients, no DATA
-        self.announced = 0
-        self.failure: Reply | None = None
-        self.foreign: list[Recipient] | None = None
-        self.hops: list[NextHop] | None = None
+from .rights import NO_RIGHTS
+from .submission import Rules, Submitter, prepare
+from .terms import Terms
+from .transaction import Transaction
+from .verdict import Ask, Client, Refused, Stage, Store, Stored, Verdict
 
 
 class Chunk:
@@ -225,8 +131,10 @@ class Hello(NamedTuple):
     esmtp: bool
 
 
+GUESSES = 3  # failed authentications, after which the session is closed
+
 # Names of this module: on Python 3.11 looking up an Enum's member costs 0.05 µs each time.
-CONNECT, HELO, MAIL, RCPT = Stage.CONNECT, Stage.HELO, Stage.MAIL, Stage.RCPT
+CONNECT, HELO, AUTH, MAIL, RCPT = Stage.CONNECT, Stage.HELO, Stage.AUTH, Stage.MAIL, Stage.RCPT
 ETRN, ATRN = Stage.ETRN, Stage.ATRN
 
 Answer: TypeAlias = Reply | Ask | Chunk | Store
@@ -236,8 +144,8 @@ class Session:
     """A connection's state. `client.tls` says whether TLS is in use: after a handshake comes a new Session."""
 
     __slots__ = (
-        "asked", "client", "errors", "esmtp", "from_part", "messages", "pending", "refused", "subject", "terms",
-        "transaction", "useless", "withheld",
+        "asked", "attempt", "client", "errors", "esmtp", "exchange", "from_part", "guesses", "messages", "pending",
+        "refused", "subject", "terms", "transaction", "useless", "withheld",
     )  # fmt: skip
 
     def __init__(
@@ -256,10 +164,13 @@ class Session:
         self.transaction: Transaction | None = None
         self.refused = False  # at CONNECT: only QUIT is left
         self.subject = NULL  # the address last heard, for the log
+        self.exchange: Exchange | None = None  # AUTH is under way: what comes are responses, not commands
+        self.attempt: Attempt | None = None  # of the AUTH that has just ended, for the log
         self.asked: Ask | Store | None = None  # what was returned and has not been resumed
         self.pending: Hello | Envelope | Recipient | None = None  # what an Ask is about
         self.errors: int = before.errors if before else 0
         self.useless: int = before.useless if before else 0
+        self.guesses: int = before.guesses if before else 0
         self.messages: int = before.messages if before else 0
 
     # What comes in
@@ -278,7 +189,7 @@ class Session:
         rest = line.rest
         if line.too_long:
             # How many octets of BDAT follow is not known then.
-            return self._count(R501_BAD_BDAT if verb.name == "BDAT" else R500_LINE_TOO_LONG)
+            return self._count(TOO_LONG.get(verb.name, R500_LINE_TOO_LONG))
         if self.refused and verb.name not in ("QUIT", "BDAT"):
             return self._count(R503_REFUSED)
         if rest:
@@ -288,7 +199,7 @@ class Session:
             return self._count(R501_ARGUMENT_NEEDED)
         if verb.after_helo and not self.from_part:
             return self._count(R503_HELO_FIRST)
-        if self.terms.submission and not verb.open:
+        if self.terms.submission and not verb.open and not self.client.user:
             return self._count(R530_AUTH_NEEDED)
         if self.terms.odmr and not verb.odmr:
             return self._count(R502_NOT_IMPLEMENTED)
@@ -304,9 +215,10 @@ class Session:
             return softened(answer) if self.terms.soft else answer
         return answer
 
-    def take_end(self, end: BodyEnd, head: bytes | bytearray) -> Answer:
+    def take_end(self, end: BodyEnd, head: bytes | bytearray, header_end: int = -1) -> Answer:
         """The answer to end-of-data, or to the end of a BDAT chunk. `head` is the message's beginning, with at least
-        its header section; a chunk that is not the last needs none."""
+        its header section; a chunk that is not the last needs none. `header_end` is where that ends in a message whose
+        lines are not as the parser saw them."""
         transaction = self.transaction
         if transaction is None:
             return self._count(self._why_no_mail())
@@ -326,36 +238,46 @@ class Session:
             return self._finish(R550_LINE_TOO_LONG)
         if end.long_header:
             return self._finish(R552_HEADER_TOO_BIG)
-        if (end.delivered or end.received > self.terms.hops) and self._loops(
-            transaction, bytes(head[: end.header_end])
+        if header_end < 0:
+            header_end = end.header_end
+        if (end.delivered or end.received > self.terms.hops) and transaction.loops(
+            bytes(head[:header_end]), self.terms.hops, self.terms.lmtp
         ):
             return self._finish(R554_LOOP)
         arrived = self.terms.now()
         prefix = received(self.from_part, self.terms.hostname, envelope, date(int(arrived)))
+        store = Store(envelope, prefix, arrived, header_end)
+        if self.client.user and (rules := self.terms.rules) is not None:
+            refusal = self._submit(rules, store, bytes(head[:header_end]))
+            if refusal is not None:
+                return self._finish(refusal)
+        if self.terms.waivable and not envelope.require_tls:
+            envelope.waives_tls = waives_tls(head, header_end)
         if transaction.hops is not None:
-            for hop in transaction.hops:
-                refusal = _unfit(end, envelope, prefix, hop)
-                if refusal is not None:
-                    return self._finish(refusal)
-        self.asked = Store(envelope, prefix, arrived)
-        return self.asked
+            refusal = transaction.unfit(end, store.prefix)
+            if refusal is not None:
+                return self._finish(refusal)
+        self.asked = store
+        return store
 
-    def _loops(self, transaction: Transaction, header: bytes) -> bool:
-        """Whether a message comes back to us, by its trace fields. A recipient that has had it is marked; one of
-        another domain may have had it there, and be sent it again."""
-        hops, been_at = trace(header, self.terms.hops)
-        if hops > self.terms.hops:
-            return True
-        envelope = transaction.envelope
-        foreign = transaction.foreign or []
-        for recipient in envelope.recipients:
-            if recipient.address.mailbox in been_at and recipient not in foreign:
-                recipient.fault = R554_LOOP.text
-        sound = [recipient for recipient in envelope.recipients if not recipient.fault]
-        if sound and self.terms.lmtp:
-            # Each recipient is answered for itself; over SMTP the fault goes with the message.
-            envelope.recipients = sound
-        return not sound
+    def _submit(self, rules: Rules, store: Store, header: bytes) -> Reply | None:
+        """Does to a user's message what submission does; or why it is refused."""
+        envelope = store.envelope
+        client, hostname = self.client, self.terms.hostname
+        today = date(int(store.arrived))
+        submitter = Submitter(
+            client.user, client.rights or NO_RIGHTS, envelope.reverse_path, hostname, envelope.id, today
+        )
+        changes = prepare(rules, header, submitter)
+        if isinstance(changes, Reply):
+            return changes
+        if rules.hide_client:
+            store.prefix = received(hidden_from(client), hostname, envelope, today)
+        store.prefix += changes.added
+        store.cuts = changes.cuts
+        if changes.headless:
+            store.header_end = 0
+        return None
 
     def resume(self, result: Verdict | Stored | Refused) -> Answer:
         """Goes on where an Ask or a Store was returned, with what came of it."""
@@ -363,6 +285,9 @@ class Session:
         self.asked = None
         if isinstance(result, Verdict):
             assert type(asked) is Ask
+            if asked.stage is AUTH:
+                assert self.exchange is not None
+                return self._authenticate(self.exchange.resume(result))
             reply = DECIDED[asked.stage](self, result)
             return softened(reply) if self.terms.soft and asked.stage is not CONNECT else reply
         return self._stored(result)
@@ -388,7 +313,11 @@ class Session:
             self.useless += 1
         return self.useless > self.terms.useless + self.messages
 
-    def _unknown(self, line: Line) -> Reply:
+    def _unknown(self, line: Line) -> Answer:
+        if self.exchange is not None:
+            # A line of an exchange has no verb.
+            answer = self._authenticate(self.exchange.respond(line))
+            return self._count(answer) if type(answer) is Reply else answer
         if line.verb in FOREIGN:
             return SILENT_CLOSE
         if self.refused:
@@ -405,7 +334,7 @@ class Session:
             return R503_HELO_FIRST
         if self.terms.odmr:
             return R502_NOT_IMPLEMENTED
-        return R530_AUTH_NEEDED if self.terms.submission else R503_MAIL_FIRST
+        return R530_AUTH_NEEDED if self.terms.submission and not self.client.user else R503_MAIL_FIRST
 
     def _ask(self, ask: Ask, pending: Hello | Envelope | Recipient | None) -> Ask:
         self.asked = ask
@@ -418,6 +347,8 @@ class Session:
             reply = softened(reply)
         transaction = self.transaction
         self.transaction = None
+        if transaction is not None:
+            self.subject = transaction.envelope.reverse_path
         if self.terms.lmtp and transaction is not None and len(transaction.accepted) > 1:
             return joined([reply] * len(transaction.accepted))
         return reply
@@ -469,6 +400,8 @@ class Session:
             envelope.require_tls = "REQUIRETLS" in values
             if envelope.require_tls and not self._offers("REQUIRETLS"):
                 return R555_UNKNOWN_PARAMETER
+            if "AUTH" in values and not self._has_auth():
+                return R555_UNKNOWN_PARAMETER
         if (full := self.terms.room(size)) is not None:
             return full
         if self.terms.ask_mail:
@@ -501,20 +434,7 @@ class Session:
             return R452_TOO_MANY_RECIPIENTS
         if self.terms.ask_rcpt:
             return self._ask(Ask(RCPT, self.client, envelope.reverse_path, address), recipient)
-        return self._add(transaction, recipient)
-
-    def _add(self, transaction: Transaction, recipient: Recipient) -> Reply:
-        """The same mailbox twice is answered twice (in LMTP at the end too: RFC 2033 4.2) and delivered once."""
-        recipients = transaction.envelope.recipients
-        known = recipient
-        if recipients:
-            seen = transaction.seen
-            if not seen:  # the second recipient: most messages have one, and need no keys
-                seen[recipients[0].address.mailbox] = recipients[0]
-            known = seen.setdefault(recipient.address.mailbox, recipient)
-        if known is recipient:
-            recipients.append(recipient)
-        transaction.accepted.append(known)
+        transaction.add(recipient)
         return R250_RECIPIENT_OK
 
     def _data(self, line: Line) -> Answer:
@@ -559,7 +479,7 @@ class Session:
         envelope.client = self.client.ip
         envelope.helo = self.client.helo
         base = "LMTP" if self.terms.lmtp else "ESMTP" if self.esmtp else "SMTP"
-        envelope.protocol = protocol_word(base, envelope.utf8, bool(self.client.tls), authenticated=False)
+        envelope.protocol = protocol_word(base, envelope.utf8, bool(self.client.tls), bool(self.client.user))
 
     def _rset(self, line: Line) -> Answer:
         self.transaction = None
@@ -572,16 +492,25 @@ class Session:
         return R221_BYE
 
     def _help(self, line: Line) -> Answer:
-        return R214_HELP
+        return help_with([verb.name for verb in TABLE if self._does(verb)])
+
+    def _does(self, verb: Verb) -> bool:
+        """Whether a verb has any use for this client."""
+        done = DONE.get(verb.name)
+        return (verb.odmr or not self.terms.odmr) and (done is None or done(self))
 
     def _vrfy(self, line: Line) -> Answer:
-        return R252_CANNOT_VRFY
+        if not self.terms.ask_vrfy:
+            return R252_CANNOT_VRFY
+        return self._ask(Ask(Stage.VRFY, self.client, recipient=parse_name(line.rest)), None)
 
     def _expn(self, line: Line) -> Answer:
-        return R252_CANNOT_EXPN
+        if not self.terms.ask_expn:
+            return R252_CANNOT_EXPN
+        return self._ask(Ask(Stage.EXPN, self.client, recipient=parse_name(line.rest)), None)
 
     def _etrn(self, line: Line) -> Answer:
-        if not self.client.fetches:
+        if not (self.client.fetches or self.client.user):
             return R530_AUTH_NEEDED if self.terms.odmr else R502_NOT_IMPLEMENTED
         if self.transaction is not None:
             return R503_NESTED_MAIL
@@ -590,7 +519,7 @@ class Session:
     def _atrn(self, line: Line) -> Answer:
         if not self.terms.odmr:
             return R502_NOT_IMPLEMENTED
-        if not self.client.fetches:
+        if not (self.client.fetches or self.client.user):
             return R530_AUTH_NEEDED
         return self._ask(Ask(ATRN, self.client, nodes=parse_domains(line.rest)), None)
 
@@ -603,8 +532,50 @@ class Session:
         return f"{keyword}\r\n".encode() in self._offer().wire
 
     def _offer(self) -> Reply:
-        client = self.client
-        return self.terms.ehlo_reply(bool(client.tls), client.trusted, client.fetches, self.withheld)
+        return self.terms.ehlo_reply(self.client, self._mechanisms(), self.withheld)
+
+    # AUTH
+
+    def _has_auth(self) -> bool:
+        return bool(self.terms.mechanisms) and "AUTH" not in self.withheld
+
+    def _mechanisms(self) -> tuple[str, ...]:
+        """Those that can succeed now."""
+        return available(self.terms.mechanisms, self.client, self.terms.auth_clear) if self._has_auth() else ()
+
+    def _auth(self, line: Line) -> Answer:
+        if not self._has_auth():
+            return R502_NOT_IMPLEMENTED
+        if not self.from_part:
+            return R503_HELO_FIRST
+        if self.client.user:
+            return R503_AUTHENTICATED
+        if self.transaction is not None:
+            return R503_NESTED_MAIL
+        name, initial = parse_auth(line.rest)
+        possible = self._mechanisms()
+        if name not in possible:
+            in_clear = not (self.client.tls or self.terms.auth_clear)
+            return R538_TLS_NEEDED if in_clear and name in MECHANISMS else R504_UNKNOWN_MECHANISM
+        self.exchange = Exchange(name, self.client, possible)
+        return self._authenticate(self.exchange.begin(initial))
+
+    def _authenticate(self, answer: Reply | Ask) -> Reply | Ask:
+        """Goes on with an exchange. Its end is its last reply; a client that guesses hears 421 instead of it."""
+        assert self.exchange is not None
+        if type(answer) is Ask:
+            self.asked = answer
+            return answer
+        assert type(answer) is Reply
+        if answer.then is Then.LINE:
+            return answer
+        self.attempt = self.exchange.attempt
+        self.exchange = None
+        if self.attempt.reason and answer.code >= 500:
+            self.guesses += 1
+            if self.guesses >= GUESSES:
+                return R421_TOO_MANY_GUESSES
+        return answer
 
     # What was decided
 
@@ -628,21 +599,22 @@ class Session:
         assert type(self.pending) is Recipient
         if verdict.reply is not None:
             return verdict.reply
+        if verdict.members:
+            return self.transaction.add_members(self.pending, verdict.members) or R250_RECIPIENT_OK
         if verdict.recipient is not None:
             self.pending.address = verdict.recipient
-        if verdict.hop is not None:
-            if 0 < verdict.hop.size < self.transaction.envelope.size:
+        if verdict.hop is not None or not verdict.ours:
+            if verdict.hop is not None and 0 < verdict.hop.size < self.transaction.envelope.size:
                 return R552_HOP_TOO_BIG
-            hops = self.transaction.hops = self.transaction.hops or []
-            if verdict.hop not in hops:
-                hops.append(verdict.hop)
-        elif not verdict.ours:
-            foreign = self.transaction.foreign = self.transaction.foreign or []
-            foreign.append(self.pending)
-        return self._add(self.transaction, self.pending)
+            self.transaction.note(self.pending, verdict.hop)
+        self.transaction.add(self.pending)
+        return R250_RECIPIENT_OK
 
     def _fetched(self, verdict: Verdict) -> Reply:
         return verdict.reply or R502_NOT_IMPLEMENTED
+
+    def _verified(self, verdict: Verdict) -> Reply:
+        return verdict.reply or R252_CANNOT_VRFY
 
     def _stored(self, result: Stored | Refused) -> Reply:
         transaction = self.transaction
@@ -656,17 +628,6 @@ class Session:
             return reply
         loop = softened(R554_LOOP) if self.terms.soft else R554_LOOP
         return joined([loop if recipient.fault else reply for recipient in transaction.accepted])
-
-
-def _unfit(end: BodyEnd, envelope: Envelope, prefix: bytes, hop: NextHop) -> Reply | None:
-    """Why the next host would not take a message as it is."""
-    if 0 < hop.size < end.size + len(prefix):
-        return R552_HOP_TOO_BIG
-    if not hop.utf8 and envelope.utf8 and (end.eight_bit_header or not prefix.isascii()):
-        return R550_HOP_NEEDS_ASCII
-    if not hop.eight_bit and (end.eight_bit or end.eight_bit_header):
-        return R554_HOP_NEEDS_7BIT
-    return None
 
 
 HANDLERS: Mapping[bytes, Callable[[Session, Line], Answer]] = {
@@ -684,10 +645,23 @@ HANDLERS: Mapping[bytes, Callable[[Session, Line], Answer]] = {
     b"VRFY": Session._vrfy,
     b"EXPN": Session._expn,
     b"STARTTLS": Session._starttls,
+    b"AUTH": Session._auth,
     b"ETRN": Session._etrn,
     b"ATRN": Session._atrn,
 }
 ROWS = {verb: (VERBS[verb], handler) for verb, handler in HANDLERS.items()}
+# Verbs of the table that are not always done, for HELP: when they are.
+DONE: Mapping[str, Callable[[Session], bool]] = {
+    "EHLO": lambda session: not session.terms.lmtp,
+    "HELO": lambda session: not session.terms.lmtp,
+    "LHLO": lambda session: session.terms.lmtp,
+    "BDAT": lambda session: not session.terms.odmr,  # known there only so that its octets are no commands
+    "EXPN": lambda session: session.terms.ask_expn,
+    "STARTTLS": lambda session: not session.client.tls and session._offers("STARTTLS"),
+    "AUTH": lambda session: bool(session._mechanisms()) and not session.client.user,
+    "ETRN": lambda session: session.client.fetches or bool(session.client.user),
+    "ATRN": lambda session: session.terms.odmr and (session.client.fetches or bool(session.client.user)),
+}
 DECIDED: Mapping[Stage, Callable[[Session, Verdict], Reply]] = {
     Stage.CONNECT: Session._connected,
     Stage.HELO: Session._helo_decided,
@@ -695,7 +669,10 @@ DECIDED: Mapping[Stage, Callable[[Session, Verdict], Reply]] = {
     Stage.RCPT: Session._rcpt_decided,
     Stage.ETRN: Session._fetched,
     Stage.ATRN: Session._fetched,
+    Stage.VRFY: Session._verified,
+    Stage.EXPN: Session._verified,
 }
+TOO_LONG: Mapping[str, Reply] = {"AUTH": R500_AUTH_LINE_TOO_LONG, "BDAT": R501_BAD_BDAT}
 FRAME_REPLIES: Mapping[str, Reply] = {
     "tls": SILENT_CLOSE,
     "bare_lf": R500_BARE_LF,

@@ -34,11 +34,12 @@ from .message import Message
 from .reader import Reader
 from .record import render_row
 from .room import Room
+from .salvage import is_sound, move_bodies, salvage
 from .scan import RETRY_SECONDS, Scan
 from .store import SpoolError, SpoolLockedError, Store
 from .thread import OneThread
 from .trouble import Trouble
-from .verdict import Refused, Stored
+from .verdict import STORED, Refused, Stored
 
 __all__ = ["Draft", "Job", "Mark", "Spool", "SpoolError", "SpoolLockedError"]
 
@@ -99,9 +100,9 @@ class Spool:
             raise SpoolError(f"{error.filename or self._directory}: {error.strerror}") from error
         try:
             self._room.ballast.give_up()  # SQLite must not meet a full disk while it opens
-            self._store.open(self._wall())
+            damaged = self._open_store()
             try:
-                self._recover_bodies(bodies)
+                self._recover_bodies(bodies, damaged)
                 self._reader.open()
                 self._ids = Ids(self._worker, self._store.newest(), self._wall)
                 backlog, broken = self._store.count()
@@ -153,7 +154,28 @@ class Spool:
         lock, self._lock = self._lock, -1
         os.close(lock)
 
-    def _recover_bodies(self, bodies: Path) -> None:
+    def _open_store(self) -> Path | None:
+        """Opens the database; where it is damaged, one that is made of what can be read of it. Then: where the old one
+        is. Raises SpoolError."""
+        try:
+            self._store.open(self._wall())
+            if is_sound(self._store):
+                return None
+            self._store.drop()
+        except SpoolError as error:
+            if not isinstance(error.__cause__, apsw.CorruptError):
+                raise
+        try:
+            damaged, lost = salvage(self._directory, self._wall())
+        except (apsw.Error, OSError) as error:
+            raise SpoolError(f"{self._store.path}: damaged, and nothing can be made of it: {error}") from error
+        for message_id, why in lost:
+            self._log.write(SET_ASIDE, message_id, why, str(damaged))
+        self._trouble.warn("damage", f"the database was damaged; it is in {damaged}, and what could be read was kept")
+        self._store.open(self._wall())
+        return damaged
+
+    def _recover_bodies(self, bodies: Path, damaged: Path | None) -> None:
         """Sets messages aside whose files are not as they were kept; removes files that nobody was told of."""
         known: set[str] = set()
         aside: list[tuple[int, str, float]] = []
@@ -167,6 +189,8 @@ class Spool:
                 aside.append((key, why, self._wall()))
                 self._log.write(SET_ASIDE, message_id, why, str(path))
         self._store.set_aside(aside)
+        if damaged is not None:
+            move_bodies(bodies, damaged, known)
         _, strange = remove_orphans(bodies, known)
         if strange:
             self._trouble.warn("body", f"{strange} entries are not of the spool; left alone")
@@ -185,26 +209,32 @@ class Spool:
         """Where the body of message `message_id` goes; `drained` is called when `write` may go on."""
         return FileDraft(message_id, self._bodies, drained)
 
-    def append(self, message: Message, draft: Draft, answer: Callable[[Stored | Refused], None]) -> None:
+    def append(
+        self, message: Message, draft: Draft, answer: Callable[[Stored | Refused], None], marks: Sequence[Mark] = ()
+    ) -> None:
         """Keeps a message whose id is the draft's. `answer` is called once: after the commit, or at once when
-        the message is refused without one. Raises ValueError for an envelope that cannot be written down."""
+        the message is refused without one. `marks` of held jobs are durable with it, or were not made.
+        Raises ValueError for an envelope that cannot be written down."""
         if not isinstance(draft, FileDraft):
             raise TypeError(f"a draft of another keeper: {draft!r}")
+        if marks:
+            answer = partial(self._told, marks, answer)
         body = draft.take()
         if body is None:
             message.parts = None
             message.file = str(draft.file().path)
             self._sealing += 1
-            draft.seal(partial(self._sealed, message, draft, answer))
+            draft.seal(partial(self._sealed, message, draft, answer, marks))
             return
         message.parts = [body]
-        self._enter(message, draft, crc32(body), body, answer)
+        self._enter(message, draft, crc32(body), body, answer, marks)
 
     def _sealed(
         self,
         message: Message,
         draft: FileDraft,
         answer: Callable[[Stored | Refused], None],
+        marks: Sequence[Mark],
         error: Exception | None,
     ) -> None:
         """The file is durable, or failed."""
@@ -212,12 +242,28 @@ class Spool:
         if self._sealed_all is not None and not self._sealing:
             self._sealed_all.set_result(None)  # whoever waits for it runs behind this callback
         if error is None:
-            self._enter(message, draft, draft.file().crc, None, answer)
+            self._enter(message, draft, draft.file().crc, None, answer, marks)
             return
         self._room.look_again()
         self._trouble.warn("body", str(error))
         draft.discard()
         answer(refusal(self._store.is_full(error)))
+
+    def _told(
+        self, marks: Sequence[Mark], answer: Callable[[Stored | Refused], None], result: Stored | Refused
+    ) -> None:
+        """A report was answered for; with it its marks are made."""
+        if result is STORED:
+            self._forget_doomed(marks)
+        answer(result)
+
+    def _forget_doomed(self, marks: Sequence[Mark]) -> None:
+        """What is over needs no deletion any more."""
+        doomed = self.administration.doomed
+        for mark in marks:
+            job = self._scan.held.get(mark.key)
+            if doomed and job is not None and not job.pending:
+                doomed.pop(mark.key, None)
 
     def _enter(
         self,
@@ -226,6 +272,7 @@ class Spool:
         crc: int,
         body: bytes | None,
         answer: Callable[[Stored | Refused], None],
+        marks: Sequence[Mark],
     ) -> None:
         """Puts a message whose body is in memory or durable into the next batch."""
         key = key_of(message.id)
@@ -235,7 +282,7 @@ class Spool:
             draft.discard()
             raise
         job = Job(key, message, list(range(len(message.envelope.recipients))), checked=True)
-        self._commit.enter(Entry(row, job, draft, answer))
+        self._commit.enter(Entry(row, job, draft, answer, marks))
 
     # --- for the queue ---
 
@@ -278,8 +325,8 @@ class Spool:
             job = held.get(mark.key)
             if job is not None:
                 self._commit.finish(job, mark)
-                if self.administration.doomed and not job.pending:
-                    self.administration.doomed.pop(job.key, None)
+        if self.administration.doomed:
+            self._forget_doomed(marks)
 
     async def claim(self, now: float, n: int) -> list[Job]:
         """Jobs that are due, and mail that was never tried and is not in memory: up to `n`, or some more."""

@@ -215,10 +215,12 @@ class Store:
         except apsw.BusyError:
             pass  # somebody reads it from outside: the log only stays longer
 
-    def recover(self, keys: Sequence[int]) -> None:
-        """Opens it anew and makes sure that the messages `keys` are gone for good, before anyone is told."""
+    def recover(self, keys: Sequence[int], told: Sequence[int] = ()) -> bool:
+        """Opens it anew and makes sure that the messages `keys` are gone for good, before anyone is told. Whether those
+        of `told`, of the same batch, are there: they stay."""
         self.drop()
         self._connect()
+        durable = bool(told) and self._run.execute("SELECT 1 FROM message WHERE key = ?", told[:1]).get is not None
         for start in range(0, len(keys), ROWS // 2):
             chunk = [(key, key) for key in keys[start : start + ROWS // 2]]
             self._run.execute("BEGIN IMMEDIATE")
@@ -227,6 +229,7 @@ class Store:
             self._run.execute("COMMIT")
         # The log's old pages are of no trust: after this the database holds all, and the log is empty.
         self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        return durable
 
     def close(self) -> None:
         """Empties the log into the database, when nobody reads it, and closes."""
@@ -307,6 +310,10 @@ class Store:
             int(self._number("SELECT count(DISTINCT message) FROM recipient")),
             int(self._number("SELECT count(*) FROM broken")),
         )
+
+    def check(self) -> bool:
+        """Whether its pages hang together: reads all of them. Raises apsw.Error."""
+        return bool(self._number("PRAGMA quick_check(1)") == "ok")
 
     def in_files(self) -> list[tuple[int, str, int, bool]]:
         """Key, id, size of each message whose body is in a file, and whether it was set aside."""

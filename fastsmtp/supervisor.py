@@ -1,42 +1,32 @@
 """The parent of the workers: it forks them, restarts what dies, and ends them in order.
 
 In: a `Config`. Out: an exit code, or StartError with one line for the operator. One thread, no loop, no
-database; nothing is read from the network. It holds what claim.py claimed. A worker's sockets stay open here
-while it is started again, so that its clients wait in the kernel; at the signal to stop these copies are closed
-first, or clients would wait for nobody. The lock of the data directory is inherited by every worker: while one
-of them lives no second server starts. A worker gets SIGTERM perhaps more than once (from here, from a service
-manager that signals the whole group, from the kernel when this process dies) and must take it as one; who asks
-twice here gets SIGKILL for it. What a worker does is not known here. prctl(2) PR_SET_PDEATHSIG, sd_notify(3).
+database; nothing is read from the network. What claim.py claimed is held, and exchanged, by holdings.py. A
+worker's sockets stay open here while it is started again, so that its clients wait in the kernel; at the signal
+to stop these copies are closed first, or clients would wait for nobody. The lock of the data directory is
+inherited by every worker: while one of them lives no second server starts. A worker gets SIGTERM perhaps more
+than once (from here, from a service manager that signals the whole group, from the kernel when this process dies)
+and must take it as one; who asks twice here gets SIGKILL for it. What a worker does is not known here. prctl(2)
+PR_SET_PDEATHSIG, sd_notify(3).
 """
 
 from __future__ import annotations
 
 import os
-import pwd
 import signal
 import socket
-import ssl
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 from . import log as events
 from ._shared import Shared, die_with_parent
-from .claim import (
-    Listening,
-    StartError,
-    bind,
-    drop_privileges,
-    find_account,
-    make_commands,
-    make_contexts,
-    read_passwords,
-    take_data_dir,
-)
+from .certificates import Watch, files_of
+from .claim import StartError, bind, drop_privileges, find_account, prepare_lists, read_settings, take_data_dir
 from .config import Config
-from .delivery.runner import Runner
+from .holdings import Holdings, Source, start_runner, tell_service_manager
 from .log import Log, open_log
 from .metrics import Counter
 from .seat import EXIT_CANNOT_START, Seat
@@ -64,25 +54,40 @@ class Patience:
 PATIENCE = Patience()
 
 
-def run(config: Config, announce: Callable[[list[str]], None], *, worker: Worker, patience: Patience = PATIENCE) -> int:
+def run(
+    config: Config,
+    announce: Callable[[list[str]], None],
+    *,
+    worker: Worker,
+    patience: Patience = PATIENCE,
+    source: Source | None = None,
+    file: str = "",
+) -> int:
     """Serves until a signal to stop; 0: every worker ended well, 1: one did not, or had to be killed.
 
     `announce` is called once, with the addresses bound, when every worker accepts. `worker` is called in each
-    child and returns its exit code. Raises StartError.
+    child and returns its exit code. `source` reads the configuration of `file` anew, checked, for a reload; without
+    it SIGHUP ends the server, as when its terminal goes away. Raises StartError.
     """
     with ExitStack() as stack:
         account = find_account(config.user)
         stack.callback(os.close, take_data_dir(config.data_dir, account))
-        claimed = _Claimed(
-            make_contexts(config), read_passwords(config), account, _start_runner(config, account, stack)
-        )
+        watch = Watch(path for files in files_of(config) for path in files)
+        settings = read_settings(config)
+        prepare_lists(config, account)
+        # Before there are sockets and a log, so that it holds neither; it ends when the last worker has ended.
+        runner = start_runner(config, account)
+        if runner is not None:
+            stack.callback(runner.close)
         listening = bind(config, account)
         for one in listening:
             stack.callback(one.close)
         mask = stack.enter_context(_blocked_signals())
         log = open_log(config.log.format, threaded=False)
         stack.callback(log.close)
-        supervisor = _Supervisor(config, worker, patience, listening, claimed, mask, log)
+        holdings = Holdings(settings, account, runner, listening, watch, log, source, file)
+        stack.callback(holdings.close)
+        supervisor = _Supervisor(worker, patience, holdings, config.worker_count, mask, log)
         stack.callback(supervisor.close)
         try:
             signum = supervisor.serve(announce)
@@ -90,30 +95,6 @@ def run(config: Config, announce: Callable[[list[str]], None], *, worker: Worker
             supervisor.stop(0)
             raise
         return supervisor.stop(signum)
-
-
-class _Claimed(NamedTuple):
-    """What was made while this process had every privilege, for all workers: TLS contexts by listener, passwords by
-    transport, who the workers become, and the process that runs commands, if any transport has one."""
-
-    contexts: dict[int, ssl.SSLContext]
-    passwords: dict[str, str]
-    account: pwd.struct_passwd | None
-    runner: Runner | None
-
-
-def _start_runner(config: Config, account: pwd.struct_passwd | None, stack: ExitStack) -> Runner | None:
-    """Before there are sockets and a log, so that it holds neither; it ends when the last worker has ended."""
-    commands = make_commands(config, account)
-    if not commands:
-        return None
-    runner = Runner(commands)
-    stack.callback(runner.close)
-    try:
-        runner.start()
-    except OSError as error:
-        raise StartError(f"the process that runs commands cannot be started: {error.strerror}") from None
-    return runner
 
 
 class _Place:
@@ -136,23 +117,20 @@ class _Place:
 class _Supervisor:
     def __init__(
         self,
-        config: Config,
         worker: Worker,
         patience: Patience,
-        listening: Sequence[Listening],
-        claimed: _Claimed,
+        holdings: Holdings,
+        workers: int,
         mask: set[int],
         log: Log,
     ) -> None:
-        self._config = config
         self._worker = worker
         self._patience = patience
-        self._listening = listening
-        self._claimed = claimed
+        self._holdings = holdings
         self._mask = mask
         self._log = log
-        self._shared = Shared(config.worker_count, len(Counter))
-        self._places = [_Place(index) for index in range(config.worker_count)]
+        self._shared = Shared(workers, len(Counter))
+        self._places = [_Place(index) for index in range(workers)]
         self._alive, self._alive_end = os.pipe()
         self._serving = False
         self._last_round = time.monotonic()
@@ -178,32 +156,35 @@ class _Supervisor:
             for place in self._places:
                 self._look_after(place, now, passed)
             self._look_after_runner()
+            self._holdings.look_after(now)
             if not self._serving and all(place.ready for place in self._places):
                 self._serving = True
                 self._tell_ready(announce)
             self._log.flush()
             signum = _wait_signal(self._next_round(now))
-            if signum in STOP_SIGNALS:
+            if signum == signal.SIGHUP and self._holdings.source is not None:
+                self._holdings.begin("SIGHUP")
+            elif signum in STOP_SIGNALS:
                 return signum
 
     def stop(self, signum: int) -> int:
         """Ends all workers in order; the exit code. `signum` 0: nobody asked, the start failed."""
         started = time.monotonic()
         # First of all: what arrives from now on goes to workers that accept, or to the next server.
-        for one in self._listening:
-            one.close()
-        _notify_service_manager("STOPPING=1")
+        self._holdings.stop_listening()
+        tell_service_manager("STOPPING=1")
         if signum:
             self._log.write(events.STOP, signal.Signals(signum).name)
         for place in self._places:
             if place.pid:
                 os.kill(place.pid, signal.SIGTERM)
-        deadline = started + self._config.timeouts.shutdown + self._patience.shutdown
+        deadline = started + self._holdings.settings.config.timeouts.shutdown + self._patience.shutdown
         code = 0
         killed = 0
         while any(place.pid for place in self._places):
             left = deadline - time.monotonic()
-            if left <= 0 or _wait_signal(min(left, self._patience.round)) in STOP_SIGNALS:
+            again = _wait_signal(min(left, self._patience.round)) if left > 0 else 0
+            if left <= 0 or (again in STOP_SIGNALS and not (again == signal.SIGHUP and self._holdings.source)):
                 killed += self._kill()
                 deadline = time.monotonic() + self._patience.round
             for place in self._places:
@@ -223,15 +204,15 @@ class _Supervisor:
         return code
 
     def _tell_ready(self, announce: Callable[[list[str]], None]) -> None:
-        config = self._config
-        addresses = [one.address for one in self._listening]
+        config = self._holdings.settings.config
+        addresses = [one.address for one in self._holdings.listening]
         self._log.write(events.START, config.hostname, len(self._places), str(config.data_dir), tuple(addresses))
         announce(addresses)
-        _notify_service_manager("READY=1")
+        tell_service_manager("READY=1")
 
     def _next_round(self, now: float) -> float:
         """Seconds until something is due that no signal tells."""
-        if not all(place.ready for place in self._places if place.pid):
+        if self._holdings.is_busy or not all(place.ready for place in self._places if place.pid):
             return self._patience.starting_round
         restarts = [place.restart_at - now for place in self._places if not place.pid]
         return max(0.0, min([self._patience.round, *restarts]))
@@ -259,7 +240,7 @@ class _Supervisor:
             os.kill(place.pid, signal.SIGKILL)
 
     def _look_after_runner(self) -> None:
-        runner = self._claimed.runner
+        runner = self._holdings.runner
         try:
             status = runner.look_after() if runner is not None else None
         except OSError as error:
@@ -283,6 +264,7 @@ class _Supervisor:
     def _bury(self, place: _Place) -> int:
         """Forgets a worker that has been waited for; how many sessions it had open."""
         os.close(place.ready_fd)
+        self._holdings.close_line(place.index)
         place.pid = 0
         place.ready = False
         place.beat = place.still = 0.0
@@ -298,34 +280,38 @@ class _Supervisor:
     def _start(self, place: _Place, now: float) -> None:
         place.ready_fd, ready_end = os.pipe()
         parent = os.getpid()
+        orders = self._holdings.open_line(place.index)
         try:
             pid = os.fork()
         except OSError as error:
             os.close(place.ready_fd)
             os.close(ready_end)
+            orders.close()
+            self._holdings.close_line(place.index)
             if not self._serving:
                 raise StartError(f"cannot fork: {error.strerror}") from None
             self._delay(place, now, early=True)
             self._log.write(events.WORKER_DIED, place.index, 0, f"cannot fork: {error.strerror}", 0, place.wait)
             return
         if not pid:
-            self._be_worker(place, parent, ready_end)
+            self._be_worker(place, parent, ready_end, orders)
+        orders.close()
         os.set_blocking(place.ready_fd, False)
         os.close(ready_end)
         place.pid = pid
         place.started = now
 
-    def _be_worker(self, place: _Place, parent: int, ready_end: int) -> NoReturn:
+    def _be_worker(self, place: _Place, parent: int, ready_end: int, orders: socket.socket) -> NoReturn:
         """The child. Whatever happens, nothing of the parent's code runs in it."""
         code = EXIT_BUG
         try:
-            code = self._work(place, parent, ready_end)
+            code = self._work(place, parent, ready_end, orders)
         except BaseException as error:
             self._say(events.BUG, f"worker {place.index}", repr(error), events.trace(error))
         finally:
             os._exit(code)
 
-    def _work(self, place: _Place, parent: int, ready_end: int) -> int:
+    def _work(self, place: _Place, parent: int, ready_end: int, orders: socket.socket) -> int:
         self._forget_others(place)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         # Ctrl-C reaches the whole group, a hang-up too: the supervisor decides what they mean.
@@ -333,46 +319,41 @@ class _Supervisor:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         try:
-            if self._claimed.account:
-                drop_privileges(self._claimed.account)
+            if self._holdings.account:
+                drop_privileges(self._holdings.account)
         except OSError as error:
-            self._say(events.CANNOT_START, f"cannot become user {self._config.user}: {error.strerror}")
+            user = self._holdings.settings.config.user
+            self._say(events.CANNOT_START, f"cannot become user {user}: {error.strerror}")
             return EXIT_CANNOT_START
         die_with_parent(signal.SIGTERM)
         if os.getppid() != parent:
             return 0
-        sockets = [(one.listener, one.socket_of(place.index)) for one in self._listening]
-        runner = self._claimed.runner
+        holdings = self._holdings
         seat = Seat(
             place.index,
             len(self._places),
-            sockets,
-            self._claimed.contexts,
+            holdings.sockets_of(place.index),
+            holdings.contexts,
             self._shared,
             self._alive,
             ready_end,
-            self._claimed.passwords,
-            runner.asks if runner is not None else None,
+            holdings.settings,
+            orders,
+            holdings.runner.asks if holdings.runner is not None else None,
         )
-        return self._worker(self._config, seat)
+        return self._worker(holdings.settings.config, seat)
 
     def _say(self, event: events.Event, *values: object) -> None:
         """In the child, whose copy of the parent's log is not its own."""
-        log = open_log(self._config.log.format, threaded=False)
+        log = open_log(self._holdings.settings.config.log.format, threaded=False)
         log.write(event, *values)
         log.close()
 
     def _forget_others(self, place: _Place) -> None:
-        """Closes the child's copies of what is not its own: held here, another worker's socket would stay open
-        after that worker, and the pipe would never say that the supervisor is gone."""
+        """Closes the child's copies of what is not its own: held here, the pipe would never say that the supervisor is
+        gone."""
         os.close(self._alive_end)
-        if self._claimed.runner is not None:
-            self._claimed.runner.forget()
-        for one in self._listening:
-            own = one.socket_of(place.index)
-            for listening in one.sockets:
-                if listening is not own:
-                    listening.close()
+        self._holdings.forget(place.index)
         for other in self._places:
             if other.pid or other is place:
                 os.close(other.ready_fd)
@@ -413,17 +394,3 @@ def _take_byte(fd: int) -> bool:
 
 def _explain(status: int) -> str:
     return signal.Signals(-status).name if status < 0 else f"exit code {status}"
-
-
-def _notify_service_manager(state: str) -> None:
-    """sd_notify(3). Nobody else could be told that it failed, so it is not looked at."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    if not address:
-        return
-    if address[0] == "@":
-        address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as service_manager:
-        try:
-            service_manager.sendto(state.encode(), address)
-        except OSError:
-            pass

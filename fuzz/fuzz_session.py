@@ -1,7 +1,7 @@
 """Fuzzes a whole connection with atheris: `python fuzz/fuzz_session.py [-max_total_time=60] [CORPUS]`.
 
 In: octets that libFuzzer makes; the first choose the listener, 0xfe cuts the reads, others from 0xc0 on stand for whole
-commands. Policy, parser, session and
+commands, of which some are lines of AUTH. Policy, parser, session and
 connection are real, transport and store are those of the tests. Nothing may raise or be logged as a bug, no draft may
 be left over, what is unread stays bounded, and the connection ends.
 """
@@ -17,6 +17,7 @@ import atheris
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 with atheris.instrument_imports(include=["fastsmtp"]):
+    from users import Users
     from wire import make_service
 
     from fastsmtp.connection import UNREAD_LIMIT
@@ -40,6 +41,16 @@ WORDS = (
     b"HELP\r\n",
     b"STARTTLS\r\n",
     b"AUTH PLAIN\r\n",
+    b"AUTH PLAIN AGFubgBzZWNyZXQ=\r\n",
+    b"AUTH LOGIN\r\n",
+    b"AUTH SCRAM-SHA-256 biwsbj1hbm4scj1hYmM=\r\n",
+    b"AUTH XOAUTH2 dXNlcj1hbm4BYXV0aD1CZWFyZXIgd3JvbmcBAQ==\r\n",
+    b"YW5u\r\n",
+    b"c2VjcmV0\r\n",
+    b"AGFubgBzZWNyZXQ=\r\n",
+    b"=\r\n",
+    b"*\r\n",
+    b"A" * 13000,
     b"\r\n.\r\n",
     b"\r\n",
     b"\n.\n",
@@ -66,6 +77,8 @@ def test_one(data: bytes) -> None:
         message_size=2000,
         text_line=200,
         header=500,
+        users=Users() if data[1] & 8 else None,
+        auth_clear=True,
     )
     made.keeper.later = bool(data[1] & 2)
     made.keeper.full = bool(data[1] & 4)

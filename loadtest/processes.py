@@ -166,6 +166,16 @@ class Server:
                     pass
             return self._process.wait()
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Ready inside of the block; behind it, it has ended well. Raises LoadError."""
+        try:
+            self.wait_ready()
+            yield
+        finally:
+            code = self.stop()
+        self.check_end(code)
+
     def check_end(self, code: int) -> None:
         """A server that lost its way has measured nothing. Raises LoadError."""
         for line in self._log.read_text(errors="replace").splitlines():
@@ -190,8 +200,10 @@ class Server:
         return next((line.strip()[:500] for line in reversed(lines) if line.strip()), "it said nothing")
 
 
-def configuration(folder: Path, port: int, durability: str, end: str, tls: bool, sink: int | str = 0) -> str:
-    """A fastsmtp that takes mail for every address of y.test on one worker; it ends in `discard`, in a `maildir`, or
+def configuration(
+    folder: Path, port: int, durability: str, end: str, tls: bool, sink: int | str = 0, workers: int = 1
+) -> str:
+    """A fastsmtp that takes mail for every address of y.test; it ends in `discard`, in a `maildir`, or
     by `relay` (SMTP) or `lmtp` at the port or unix socket `sink`. What is for `discard.test` vanishes in any case."""
     ways = {
         "discard": 'type = "discard"',
@@ -207,7 +219,7 @@ def configuration(folder: Path, port: int, durability: str, end: str, tls: bool,
     return f"""\
 hostname = "mx.y.test"
 data_dir = {json.dumps(f"{folder}/data")}
-workers = 1
+workers = {workers}
 postmaster = "b@y.test"
 
 [[listener]]
@@ -243,22 +255,19 @@ type = "discard"
 
 
 @contextmanager
-def fastsmtp(folder: Path, durability: str, end: str, tls: bool = False, sink: int | str = 0) -> Iterator[Server]:
+def fastsmtp(
+    folder: Path, durability: str, end: str, tls: bool = False, sink: int | str = 0, workers: int = 1
+) -> Iterator[Server]:
     """A fastsmtp with its data, its log and its mailboxes in `folder`, as long as the block runs."""
     port = free_port()
     if tls:
         make_certificate(folder)
     file = folder / "fastsmtp.toml"
-    file.write_text(configuration(folder, port, durability, end, tls, sink))
+    file.write_text(configuration(folder, port, durability, end, tls, sink, workers))
     command = [sys.executable, "-m", "fastsmtp", "serve", "--config", str(file)]
     server = Server("fastsmtp", command, port, folder / "fastsmtp.log", tls)
-    code = 0
-    try:
-        server.wait_ready()
+    with server.running():
         yield server
-    finally:
-        code = server.stop()
-    server.check_end(code)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ PACKAGES = {
     "nft": "nftables",
     "smtp-sink": "postfix",
     "smtp-source": "postfix",
+    "testssl": "testssl.sh",
     "xfs_io": "xfsprogs",
 }
 SYSTEM_PATH = f"{os.environ.get('PATH', os.defpath)}:/usr/sbin:/sbin"

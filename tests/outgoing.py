@@ -7,7 +7,7 @@
 | `terms: word word` | first, where not plain: lmtp starttls= login= eight_bit= bare= ignore= recipients= |
 | `channel: secure trusted` | TLS from the start; credentials may be given |
 | `mail: <from> <to> <to>` | a delivery; its octets in lines of `|` and `|<`, else `Hi` |
-| | behind an address NOTIFY= ORCPT=, behind all RET= ENVID= utf8 binary requiretls |
+| | behind an address NOTIFY= ORCPT=, behind all RET= ENVID= utf8 binary requiretls probe |
 | `tls: trusted`, `tls: unverified`, `tls: failed` | what came of the handshake |
 | `hang-up`, `time-out`, `quit` | what befalls the session |
 | `outcome: failed 5.1.1 recipient next-host` | the next recipient's result, status, scope, next try, `relayed` |
@@ -81,7 +81,7 @@ def make_delivery(words: str, octets: bytes) -> tuple[Delivery, bool]:
             message.envelope.envid = word[6:]
     if "binary" in flags:
         message.content |= Content.BINARY
-    return Delivery(message, recipients, list(range(len(recipients)))), "requiretls" in flags
+    return Delivery(message, recipients, list(range(len(recipients))), "probe" in flags), "requiretls" in flags
 
 
 def make_terms(words: str) -> Terms:

@@ -38,10 +38,17 @@ def unverified() -> ssl.SSLContext:
 
 
 class Peer:
-    """A connection to `address`; `hello` is said when the greeting was read, "" for nothing."""
+    """A connection to `address`; `hello` is said when the greeting was read, "" for nothing. `source` is the address
+    it comes from."""
 
     def __init__(
-        self, address: str, hello: str = "EHLO client.test", *, implicit_tls: bool = False, timeout: float = 60
+        self,
+        address: str,
+        hello: str = "EHLO client.test",
+        *,
+        implicit_tls: bool = False,
+        timeout: float = 60,
+        source: str = "",
     ) -> None:
         if address.startswith("unix:"):
             self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -49,7 +56,7 @@ class Peer:
             self.socket.connect(address.removeprefix("unix:"))
         else:
             host, _, port = address.rpartition(":")
-            self.socket = socket.create_connection((host, int(port)), timeout)
+            self.socket = socket.create_connection((host, int(port)), timeout, (source, 0) if source else None)
         if implicit_tls:
             self.socket = unverified().wrap_socket(self.socket, server_hostname="mx.here.test")
         self._unread = b""

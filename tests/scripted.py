@@ -114,6 +114,20 @@ def body_of(message: Message) -> bytes:
     return b"".join(message.parts)
 
 
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
+    """Waits for something to become true, however slow the machine is."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        await asyncio.sleep(0.005)
+
+
+async def turns(n: int = 50) -> None:
+    """Lets the loop go round: what needs neither a thread nor a clock has happened then."""
+    for _ in range(n):
+        await asyncio.sleep(0)
+
+
 class Clock:
     """Both clocks of a machine, which can be set ahead."""
 
@@ -200,10 +214,12 @@ class Bench:
         fault: str = "",
         notify: str = "",
         sender: str = "a@x.test",
+        protocol: str = "",
     ) -> str:
         """Keeps a message; its id."""
         envelope = Envelope(parse_address(sender) if sender else NULL)
         envelope.id = self.spool.next_id()
+        envelope.protocol = protocol
         envelope.recipients = [Recipient(parse_address(one), notify=notify, fault=fault) for one in recipients]
         draft = self.spool.draft(envelope.id, lambda: None)
         draft.write(body)

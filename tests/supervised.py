@@ -58,7 +58,7 @@ def serve(
     stopping: list[int] = []
     signal.signal(signal.SIGTERM, lambda number, frame: stopping.append(number) if by_signal else None)
     selector = selectors.DefaultSelector()
-    for _, listening in seat.sockets:
+    for _, _, listening in seat.sockets:
         selector.register(listening, selectors.EVENT_READ)
     if by_pipe:
         selector.register(seat.alive, selectors.EVENT_READ)
@@ -87,7 +87,7 @@ def serve(
             if said == "frozen":
                 time.sleep(100)
     if late:
-        for _, listening in seat.sockets:
+        for _, _, listening in seat.sockets:
             listening.close()
         say("closing")
         time.sleep(late)

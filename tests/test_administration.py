@@ -18,6 +18,7 @@ from fastsmtp.administration import Changed
 from fastsmtp.census import DOMAINS, OTHER, REASONS, Census
 from fastsmtp.ids import key_of
 from fastsmtp.job import HELD, Job, Mark
+from fastsmtp.scan import LOAD
 from fastsmtp.selection import EVERYTHING, Selection, parse_selection
 from fastsmtp.spool import Spool
 from fastsmtp.store import FORMAT
@@ -173,6 +174,37 @@ def test_a_retry_reaches_the_recipients_that_wait_beside_one_under_way(tmp_path:
     run(main())
 
 
+def test_mail_that_comes_meanwhile_is_not_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else an order for everything would never end where mail comes as fast as it is reached."""
+    monkeypatch.setattr("fastsmtp.administration.SLICE", 2)
+
+    async def main() -> None:
+        async with Yard(tmp_path).opened() as spool:
+            before = [await deferred(spool) for _ in range(5)]
+            late = 0
+            async for done in spool.administration.hold(EVERYTHING):
+                total = done
+                if late < 5:
+                    late += 1
+                    await deferred(spool)
+            assert total == Changed(5, 5, 0)
+            held = [row["id"] async for row in spool.administration.messages("", "held")]
+            assert held == before
+            assert await last(spool.administration.hold(EVERYTHING)) == Changed(late, late, 0)
+
+    run(main())
+
+
+def test_of_many_ids_the_unknown_ones_are_told(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with Yard(tmp_path).opened() as spool:
+            known = await deferred(spool)
+            others = tuple(spool.next_id() for _ in range(2 * LOAD))
+            assert await spool.administration.unknown((*others, known)) == list(others)
+
+    run(main())
+
+
 @pytest.mark.parametrize("order", ["hold", "delete"])
 def test_nothing_is_claimed_that_was_held_or_deleted_before(tmp_path: Path, order: str) -> None:
     """Orders and claims at the same time: what an order has reached and was not under way is never handed out."""
@@ -184,13 +216,20 @@ def test_nothing_is_claimed_that_was_held_or_deleted_before(tmp_path: Path, orde
             chance.shuffle(ids)
             claimed: set[str] = set()
             ordered: set[str] = set()
+            over = False
+
+            async def turn(mine: set[str], others: set[str]) -> None:
+                """Neither is done before the other has begun, however the machine shares its time."""
+                await asyncio.sleep(chance.random() / 500)
+                while len(mine) > len(others) + 8 and not over:
+                    await asyncio.sleep(0)
 
             async def claims() -> None:
                 while len(claimed) + len(ordered) < len(ids):
                     for job in await spool.claim(time.time(), chance.randrange(1, 4)):
                         assert job.message.id not in ordered
                         claimed.add(job.message.id)
-                    await asyncio.sleep(chance.random() / 500)
+                    await turn(claimed, ordered)
 
             async def orders() -> None:
                 for message_id in ids:
@@ -204,7 +243,9 @@ def test_nothing_is_claimed_that_was_held_or_deleted_before(tmp_path: Path, orde
                     assert message_id not in claimed or not done.messages
                     if done.messages:
                         ordered.add(message_id)
-                    await asyncio.sleep(chance.random() / 500)
+                    await turn(ordered, claimed)
+                nonlocal over
+                over = True
 
             async with asyncio.timeout(30):
                 await asyncio.gather(claims(), orders())

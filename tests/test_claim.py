@@ -25,9 +25,9 @@ from fastsmtp.claim import (
     drop_privileges,
     find_account,
     make_commands,
-    make_contexts,
     read_password,
     read_passwords,
+    read_settings,
     take_data_dir,
 )
 from fastsmtp.config import Config
@@ -266,10 +266,15 @@ def test_a_socket_that_was_removed_meanwhile_is_no_error(public: Path) -> None:
 # The data directory
 
 
-def test_the_data_directory_is_made_private_and_locked(tmp_path: Path) -> None:
+def test_the_data_directory_is_made_and_locked(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b"
-    lock = take_data_dir(path, None)
-    assert stat.S_IMODE(path.stat().st_mode) == 0o700
+    before = os.umask(0o077)
+    try:
+        lock = take_data_dir(path, None)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o711
+    assert stat.S_IMODE((path / "lock").stat().st_mode) == 0o600
     assert (path / "lock").read_text() == f"{os.getpid()}\n"
     assert fcntl.fcntl(lock, fcntl.F_GETFD) & fcntl.FD_CLOEXEC
     with pytest.raises(
@@ -491,11 +496,11 @@ def test_commands_run_as_somebody_else_than_the_server() -> None:
             make_commands(with_transport("pipe", command=["/bin/x"], user=user), account)
 
 
-def test_each_listener_with_tls_has_its_own_context(tmp_path: Path) -> None:
-    contexts = make_contexts(make_tls_config(*write_certificate(tmp_path, "a")))
-    assert set(contexts) == {0, 2}
-    assert contexts[0] is not contexts[2]
-    assert make_contexts(make_config("127.0.0.1:25")) == {}
+def test_each_listener_with_tls_has_its_demands(tmp_path: Path) -> None:
+    settings = read_settings(make_tls_config(*write_certificate(tmp_path, "a")))
+    assert set(settings.demands) == {0, 2}
+    assert [pair.names for pair in settings.pairs] == [("mx.test",)]
+    assert read_settings(make_config("127.0.0.1:25")).pairs == ()
 
 
 def test_certificates_that_cannot_be_used(tmp_path: Path, public: Path) -> None:
@@ -503,18 +508,18 @@ def test_certificates_that_cannot_be_used(tmp_path: Path, public: Path) -> None:
     _, other_key = write_certificate(tmp_path, "b")
     missing = tmp_path / "missing"
     for pair in ((missing, key), (certificate, missing)):
-        with pytest.raises(StartError, match=f"^tls: {missing}: No such file or directory$"):
-            make_contexts(make_tls_config(*pair))
-    with pytest.raises(StartError, match=f"^tls: {certificate} with {other_key}: the key is not the certificate's$"):
-        make_contexts(make_tls_config(certificate, other_key))
+        with pytest.raises(StartError, match=f"^tls: {missing} cannot be read: No such file or directory$"):
+            read_settings(make_tls_config(*pair))
+    text = f"^tls: the key in {other_key} does not belong to the certificate in {certificate}$"
+    with pytest.raises(StartError, match=text):
+        read_settings(make_tls_config(certificate, other_key))
     garbage = tmp_path / "garbage"
     garbage.write_text("no certificate")
-    for pair in ((garbage, key), (certificate, garbage)):
-        text = f"^tls: {pair[0]} with {pair[1]}: no certificate or no private key in it, as PEM$"
-        with pytest.raises(StartError, match=text):
-            make_contexts(make_tls_config(*pair))
-    with pytest.raises(StartError, match=f"^tls: {certificate} with {certificate}: no certificate or"):
-        make_contexts(make_tls_config(certificate, certificate))
+    with pytest.raises(StartError, match=f"^tls: there is no PEM certificate in {garbage}$"):
+        read_settings(make_tls_config(garbage, key))
+    for file in (garbage, certificate):
+        with pytest.raises(StartError, match=f"^tls: there is no PEM key in {file}$"):
+            read_settings(make_tls_config(certificate, file))
     locked = tmp_path / "locked"
     private = serialization.load_pem_private_key(key.read_bytes(), None)
     locked.write_bytes(
@@ -524,8 +529,9 @@ def test_certificates_that_cannot_be_used(tmp_path: Path, public: Path) -> None:
             serialization.BestAvailableEncryption(b"secret"),
         )
     )
-    with pytest.raises(StartError, match=f"^tls: {certificate} with {locked}: the key is encrypted"):
-        make_contexts(make_tls_config(certificate, locked))
+    with pytest.raises(StartError, match=f"^tls: {certificate} and {locked} cannot be used: the key is encrypted"):
+        read_settings(make_tls_config(certificate, locked))
     readable, closed = write_certificate(public, "c")
     closed.chmod(0)
-    assert as_nobody(lambda: make_contexts(make_tls_config(readable, closed))) == f"tls: {closed}: Permission denied"
+    said = as_nobody(lambda: read_settings(make_tls_config(readable, closed)))
+    assert said == f"tls: {closed} cannot be read: Permission denied"

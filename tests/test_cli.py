@@ -21,7 +21,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from needs import lacks, needs_root
 
-from fastsmtp.cli import main, render_reference
+from fastsmtp.cli import _senders, main, render_reference
 
 ROOT = Path(__file__).parent.parent
 GOOD = """\
@@ -63,7 +63,14 @@ def python(*arguments: str | Path, **options: object) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
-# check
+@pytest.mark.parametrize("command", ["serve", "check", "reload", "queue list", "user list"])
+def test_the_configuration_is_named_once_for_all_commands(
+    file: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    file.write_text("hostname = 1")
+    monkeypatch.setenv("FASTSMTP_CONFIG", str(file))
+    result = run(*command.split())
+    assert (result.exit_code, f"{file}:1: hostname" in result.output) == (1, True)
 
 
 def test_check_of_a_good_file(file: Path) -> None:
@@ -76,7 +83,8 @@ def test_check_of_a_good_file(file: Path) -> None:
         "listener   127.0.0.1:0  role mx, tls off",
         "domain     example.org  1 recipients, by mailboxes",
         f"transport  mailboxes  maildir {file.parent}/mail/{{domain}}/{{local}}",
-        "note: user, workers, data_dir and new ports below 1024 need a restart",
+        "note: `fastsmtp reload` applies changes; user, workers, data_dir, [spool], [log], limits.memory and the mode "
+        "of unix sockets need a restart",
     ):
         assert line in result.stdout.splitlines()
     assert "warning" not in result.stdout
@@ -88,6 +96,17 @@ def test_check_warns(file: Path) -> None:
     result = run("check", "--config", file)
     assert result.exit_code == 0
     assert "warning: postmaster is not set" in result.stdout
+    assert (
+        f"\nsendmail   for root and the user of the server: {file.parent} is closed to others (chmod o+x)\n"
+        in result.stdout
+    )
+    assert "\nrelay      nothing; a report to a sender whom no route reaches is only logged\n" in result.stdout
+
+
+def test_who_reaches_the_sockets_for_mail(tmp_path: Path) -> None:
+    assert _senders(Path("/no-such-folder/data")) == "all users of this machine"
+    tmp_path.chmod(0o700)
+    assert _senders(tmp_path / "data").endswith(f": {tmp_path} is closed to others (chmod o+x)")
 
 
 def test_check_of_a_wrong_file(file: Path) -> None:
@@ -198,7 +217,7 @@ def test_certificates_that_fit(file: Path, keys: Path) -> None:
         ("c.pem", "other.pem", "f.toml:18: tls.key: the key in {0}/other.pem does not belong to the certificate in "
                                "{0}/c.pem"),
         ("c.pem", "encrypted.pem", "f.toml:16: tls: {0}/c.pem and {0}/encrypted.pem cannot be used: the key is encr"),
-        ("broken.pem", "k.pem", "f.toml:16: tls: {0}/broken.pem and {0}/k.pem cannot be used: "),
+        ("broken.pem", "k.pem", "f.toml:17: tls.certificate: there is no PEM certificate in {0}/broken.pem"),
     ],
 )  # fmt: skip
 def test_certificates_that_do_not(file: Path, keys: Path, certificate: str, key: str, expected: str) -> None:
@@ -245,6 +264,29 @@ def test_what_transports_need_of_the_machine(file: Path) -> None:
     if os.geteuid() == 0:
         (found_one,) = wrong(file, GOOD + pipe.format('["/bin/sh"]', "root"))
         assert found_one.startswith("f.toml:19: transport.x.user: 'root' could read the spool")
+
+
+def test_what_users_need_of_the_machine(file: Path) -> None:
+    auth = '[auth]\nusers_file = "users"\n'
+    assert wrong(file, GOOD + auth) == ["f.toml:17: auth.users_file: there is no users; `fastsmtp user add` makes it"]
+    (file.parent / "users").write_text("# fastsmtp users 1\nann:secret::\n")
+    (file.parent / "users").chmod(0o600)
+    assert wrong(file, GOOD + auth) == ["f.toml:17: auth.users_file: users: user ann: no SCRAM keys"]
+    assert wrong(file, GOOD + '[auth.dovecot]\nsocket = "users"\n') == [
+        "f.toml:17: auth.dovecot.socket: users is no socket"
+    ]
+    oauth = '[auth.oauth]\nissuer = "i"\naudience = "a"\nkeys_file = "{}"\nca_file = "{}"\n'
+    found = wrong(file, GOOD + oauth.format("none", "users"))
+    assert found[0].startswith("f.toml:20: auth.oauth.ca_file: users holds no certificate that can be read")
+    assert found[1:] == ["f.toml:19: auth.oauth.keys_file: none cannot be read: No such file or directory"]
+    (file.parent / "keys").write_text("{}")
+    assert wrong(file, GOOD + oauth.format("keys", "users"))[1:] == [
+        "f.toml:19: auth.oauth.keys_file: keys: no JWK set"
+    ]
+    introspection = '[auth.oauth]\nintrospection = "https://i.test"\nclient_id = "me"\nclient_secret_file = "none"\n'
+    assert wrong(file, GOOD + introspection) == [
+        "f.toml:19: auth.oauth.client_secret_file: none cannot be read: No such file or directory"
+    ]
 
 
 def test_the_ways_out_are_told(file: Path) -> None:

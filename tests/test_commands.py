@@ -54,7 +54,7 @@ def test_barriers_are_the_verbs_whose_answer_decides_what_follows() -> None:
 def test_what_submission_allows_before_auth() -> None:
     # BDAT too: it is refused once its octets are consumed.
     assert {verb.name for verb in TABLE if verb.open} == {
-        "EHLO", "HELO", "LHLO", "BDAT", "RSET", "NOOP", "QUIT", "HELP", "STARTTLS",
+        "EHLO", "HELO", "LHLO", "BDAT", "RSET", "NOOP", "QUIT", "HELP", "STARTTLS", "AUTH",
     }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_what_may_come_before_helo() -> None:
 def test_what_is_known_where_mail_is_only_fetched() -> None:
     # BDAT too: it is refused once its octets are consumed.
     assert {verb.name for verb in TABLE if verb.odmr} == {
-        "EHLO", "HELO", "BDAT", "RSET", "NOOP", "QUIT", "HELP", "STARTTLS", "ETRN", "ATRN",
+        "EHLO", "HELO", "BDAT", "RSET", "NOOP", "QUIT", "HELP", "STARTTLS", "AUTH", "ETRN", "ATRN",
     }  # fmt: skip
 
 

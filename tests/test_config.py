@@ -23,10 +23,12 @@ from fastsmtp.config import (
     Dns,
     Domain,
     Inet,
+    InFile,
     Limits,
     Listener,
     Lmtp,
     Maildir,
+    Postgresql,
     Problem,
     Queue,
     Relay,
@@ -46,10 +48,12 @@ from fastsmtp.config import (
 )
 from fastsmtp.config_values import (
     Kind,
+    Rate,
     Unset,
     machine_name,
     parse_duration,
     parse_endpoint,
+    parse_rate,
     parse_size,
     show_duration,
     show_size,
@@ -79,14 +83,23 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "[tls] certificate": ('"a.pem"', Path("/srv/conf/a.pem")),
     "[tls] key": ('"../b.key"', Path("/srv/b.key")),
     "[tls] minimum": ('"1.3"', "1.3"),
+    "[tls] ciphers": ('"ECDHE+CHACHA20"', "ECDHE+CHACHA20"),
+    "[[tls.also]] certificate": ('"b.pem"', Path("/srv/conf/b.pem")),
+    "[[tls.also]] key": ('"b.key"', Path("/srv/conf/b.key")),
+    "[[listener]] client_ca": ('"ca.pem"', Path("/srv/conf/ca.pem")),
+    "[[listener]] client_certificate": ('"required"', "required"),
     "[[listener]] address": ('["[::1]:25", "unix:s"]', (Inet("::1", 25), Unix(Path("/srv/conf/s")))),
     "[[listener]] role": ('"lmtp"', "lmtp"),
     "[[listener]] tls": ('"implicit"', "implicit"),
+    "[[listener]] vrfy": ("true", True),
+    "[[listener]] expn": ("true", True),
     "[[listener]] bare": ('"normalize"', "normalize"),
     "[[listener]] bare_bdat": ('"reject"', "reject"),
     "[[listener]] early_talker": ('"allow"', "allow"),
     "[[listener]] greet_delay": ("0.5", 0.5),
     "[[listener]] dsn": ("true", True),
+    "[[listener]] auth": ("false", False),
+    "[[listener]] auth_clear": ("true", True),
     "[[listener]] brackets": ("false", False),
     "[[listener]] mode": ('"0600"', 0o600),
     "[[listener.withhold]] keywords": ('["chunking"]', ("CHUNKING",)),
@@ -97,6 +110,48 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "[limits] message_size": ('"1GB"', 1 << 30),
     "[limits] recipients": ("100", 100),
     "[limits] command_line": ("512", 512),
+    "[submission] header_from": ('"add_sender"', "add_sender"),
+    "[submission] remove_bcc": ("false", False),
+    "[submission] hide_client": ("true", True),
+    "[submission] rewrite": ("true", True),
+    "[submission] messages": ('["100/h", "5/10m"]', (Rate(100, 3600.0), Rate(5, 600.0))),
+    "[submission] recipients": ('["500/d"]', (Rate(500, 86400.0),)),
+    "[inbound] sessions_per_address": ("20", 20),
+    "[inbound] sessions_per_network": ("50", 50),
+    "[inbound] new_sessions": ('"60/m"', Rate(60, 60.0)),
+    "[inbound] messages": ('"100/h"', Rate(100, 3600.0)),
+    "[inbound] recipients": ('"10/10s"', Rate(10, 10.0)),
+    "[inbound] failures": ('"20/m"', Rate(20, 60.0)),
+    "[inbound] exceptions": ('["192.0.2.0/24"]', (ipaddress.ip_network("192.0.2.0/24"),)),
+    "[inbound] limit_trusted": ("true", True),
+    "[sql.NAME] database": ('"postgresql://mail@db:5432/mail"', Postgresql("postgresql://mail@db:5432/mail")),
+    "[sql.NAME] password_file": ('"pw"', Path("/srv/conf/pw")),
+    "[sql.NAME] connections": ("2", 2),
+    "[sql.NAME] timeout": ('"2s"', 2.0),
+    "[auth] users_file": ('"users"', Path("/srv/conf/users")),
+    "[auth] domain": ('"Bücher.example"', "xn--bcher-kva.example"),
+    "[auth] mechanisms": ('["PLAIN", "LOGIN"]', ("PLAIN", "LOGIN")),
+    "[auth] cache": ('"30s"', 30.0),
+    "[auth] address_failures": ('"5/30m"', Rate(5, 1800.0)),
+    "[auth] user_failures": ('"50/d"', Rate(50, 86400.0)),
+    "[auth] unlimited": ('["192.0.2.1/32"]', (ipaddress.ip_network("192.0.2.1/32"),)),
+    "[auth.sql] database": ('"x"', "x"),
+    "[auth.sql] query": ('"SELECT 1 WHERE :local"', "SELECT 1 WHERE :local"),
+    "[auth.sql] scram_iterations": ("4096", 4096),
+    "[auth.dovecot] socket": ('"/run/auth"', Path("/run/auth")),
+    "[auth.dovecot] timeout": ("3", 3.0),
+    "[auth.oauth] introspection": ('"https://i.test/x"', "https://i.test/x"),
+    "[auth.oauth] client_id": ('"me"', "me"),
+    "[auth.oauth] client_secret_file": ('"secret"', Path("/srv/conf/secret")),
+    "[auth.oauth] keys_file": ('"keys"', Path("/srv/conf/keys")),
+    "[auth.oauth] keys_url": ('"https://i.test/keys"', "https://i.test/keys"),
+    "[auth.oauth] algorithms": ('["ES256", "EdDSA"]', ("ES256", "EdDSA")),
+    "[auth.oauth] issuer": ('"https://i.test"', "https://i.test"),
+    "[auth.oauth] audience": ('"mail"', "mail"),
+    "[auth.oauth] scope": ('"smtp"', "smtp"),
+    "[auth.oauth] user": ('"sub"', "sub"),
+    "[auth.oauth] ca_file": ('"ca.pem"', Path("/srv/conf/ca.pem")),
+    "[auth.oauth] timeout": ('"1s"', 1.0),
     "[limits] auth_line": ("5000", 5000),
     "[limits] text_line": ("1000", 1000),
     "[limits] header": ('"64KB"', 65536),
@@ -130,6 +185,18 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "[[domain]] recipients": ('["Ann", "\\"a b\\"", "jörg"]', ("Ann", "a b", "jörg")),
     "[[domain]] transport": ('"x"', "x"),
     "[[domain]] case_sensitive": ("true", True),
+    "[[domain]] detail": ('"+"', "+"),
+    "[[domain]] catch_all": ('"Rest@Bücher.example"', "Rest@xn--bcher-kva.example"),
+    "[[domain]] aliases": ('"aliases"', Path("/srv/conf/aliases")),
+    "[alias] file": ('"../aliases"', Path("/srv/aliases")),
+    "[alias] members": ("10", 10),
+    "[[rule]] name": ('"bad-ones"', "bad-ones"),
+    "[[rule]] client": ('{file = "networks"}', InFile(Path("/srv/conf/networks"))),
+    "[[rule]] helo": ('["*.Bücher.example", "[192.0.2.1]"]', ("*.xn--bcher-kva.example", "[192.0.2.1]")),
+    "[[rule]] sender": ('["Ann@X.test", "@x.test", "<>"]', ("ann@x.test", "x.test", "<>")),
+    "[[rule]] recipient": ('["*.x.test"]', ("*.x.test",)),
+    "[[rule]] action": ('"defer"', "defer"),
+    "[[rule]] text": ('"Go away"', "Go away"),
     "[[route]] domain": ('"*.Bücher.example"', "*.xn--bcher-kva.example"),
     "[[route]] transport": ('"x"', "x"),
     "[[route]] tls": ('"verified"', "verified"),
@@ -184,6 +251,7 @@ EXAMPLES: dict[str, tuple[str, Any]] = {
     "[transport.NAME] odmr type": ('"odmr"', "odmr"),
     "[transport.NAME] odmr timeout": ('"30s"', 30.0),
     "[[customer]] networks": ('["192.0.2.1"]', (ipaddress.ip_network("192.0.2.1/32"),)),
+    "[[customer]] users": ('["Home", "Ann@Bücher.example"]', ("home", "ann@xn--bcher-kva.example")),
     "[[customer]] domains": ('["*.Bücher.example", "a.example"]', ("*.xn--bcher-kva.example", "a.example")),
     "[[customer]] queue": ('"office.1"', "office.1"),
 }
@@ -199,13 +267,29 @@ TRANSPORTS = {
 # What must stand in a table anyway. Keys of a key's own table are added in front of it.
 REQUIRED = {
     "[tls]": {"certificate": '"c.pem"'},
+    "[[tls.also]]": {"certificate": '"d.pem"'},
     "[[listener]]": {"address": '"127.0.0.1:0"'},
     "[[listener.withhold]]": {"keywords": '["X"]'},
     "[[domain]]": {"name": '"xn--bcher-kva.example"', "recipients": '"any"', "transport": '"x"'},
+    "[[rule]]": {"action": '"refuse"'},
     "[[route]]": {"domain": '"partner.example"', "transport": '"x"'},
     "[relay]": {"transport": '"x"'},
     "[[customer]]": {"networks": '["192.0.2.1"]', "domains": '["a.example"]'},
     "[transport.x]": {"type": '"smtp"', **TRANSPORTS["smtp"]},
+    "[sql.x]": {"database": '"d"'},
+}
+# Tables of which there is one or the other.
+ALONE = {
+    "[auth.sql]": {"database": '"x"', "query": '"SELECT :name"'},
+    "[auth.dovecot]": {"socket": '"a"'},
+    "[auth.oauth]": {"issuer": '"i"', "audience": '"a"'},
+}
+# What a key needs beside it.
+WITH = {
+    "client_id": {"keys_file": '"k"', "client_secret_file": '"s"'},
+    "client_secret_file": {"keys_file": '"k"', "client_id": '"c"'},
+    "introspection": {},
+    "keys_url": {},
 }
 
 
@@ -219,6 +303,13 @@ def file_with(section: Section, keys: dict[str, str]) -> str:
         tables["[[listener]]"]["role"] = '"odmr"'
     elif heading != "[[customer]]":
         del tables["[[customer]]"]
+    if heading in ALONE:
+        tables[heading] = dict(ALONE[heading])
+        tables["[sql.x]"] = {"database": '"d"'}
+    if "client_certificate" in keys:
+        tables[heading]["client_ca"] = '"ca.pem"'
+    if heading == "[auth.oauth]":
+        tables[heading].update(next((WITH[key] for key in keys if key in WITH), {"keys_file": '"k"'}))
     tables.setdefault(heading, {}).update(keys)
     return "".join(
         f"{table}\n" + "".join(f"{key} = {value}\n" for key, value in keys.items()) for table, keys in tables.items()
@@ -264,7 +355,8 @@ def test_every_key_has_a_help_a_type_and_a_true_default(section: Section, key: s
     assert field.description[0].isupper() or field.description[0] == "`"
     assert field.description.endswith(".")
     assert kind_of(field)
-    required = {name for keys in (*REQUIRED.values(), *TRANSPORTS.values()) for name in keys}
+    tables = (*REQUIRED.values(), *ALONE.values(), *TRANSPORTS.values())
+    required = {name for keys in tables for name in keys}
     assert default_of(field) or key in required, "a key without a default"
     if not field.is_required() and not any(isinstance(data, Unset) for data in field.metadata):
         shown = default_of(field).strip("`")
@@ -388,6 +480,8 @@ def test_a_file_of_what_goes_out() -> None:
         "there is no [[domain]]: no mailbox is served here",
         "nothing uses [transport.provider]",
         "nothing uses [transport.dovecot]",
+        "127.0.0.1:2525: programs of this machine may send to any domain over this mx listener, and so may everybody "
+        "whom a proxy or a tunnel brings there",
     ]
 
 
@@ -511,6 +605,80 @@ ONE_ERROR = {
         '[[listener]]\naddress = "h:1"\nbrackets = "yes"',
         '3: listener[0].brackets: expected true or false, found "yes"',
     ),
+    "passwords of two places": (
+        '[auth]\nusers_file = "u"\n[auth.dovecot]\nsocket = "s"',
+        "3: auth.dovecot: passwords come from one place: users_file, [auth.sql] or [auth.dovecot]",
+    ),
+    "recipients of no database": (
+        '[sql.mail]\ndatabase = "d"\n[transport.x]\ntype = "discard"\n[[domain]]\nname = "a.example"\ntransport = "x"\n'
+        'recipients = {sql = "mali", query = "SELECT 1 WHERE :address"}',
+        '8: domain[0].recipients: there is no [sql.mali]; did you mean "mail"?',
+    ),
+    "a query for no recipient": (
+        '[sql.x]\ndatabase = "d"\n[transport.x]\ntype = "discard"\n[[domain]]\nname = "a.example"\ntransport = "x"\n'
+        'recipients = {sql = "x", query = "SELECT 1"}',
+        "8: domain[0].recipients: expected a query that asks for :local and :domain, or for :address, found a table",
+    ),
+    "recipients of a transport without a server": (
+        '[transport.x]\ntype = "discard"\n[[domain]]\nname = "a.example"\ntransport = "x"\nrecipients = {ask = "x"}',
+        "6: domain[0].recipients: [transport.x] is of type discard; smtp and lmtp have a server that can be asked",
+    ),
+    "no database": (
+        '[sql.x]\ndatabase = "mysql://db/mail"',
+        '2: sql.x.database: expected a URL such as "postgresql://user@host:5432/name", or the path of an SQLite file, '
+        'found "mysql://db/mail"',
+    ),
+    "users of no database": (
+        '[sql.mail]\ndatabase = "d"\n[auth.sql]\ndatabase = "mali"\nquery = "SELECT :name"',
+        '4: auth.sql.database: there is no [sql.mali]; did you mean "mail"?',
+    ),
+    "a query for nobody": (
+        '[sql.x]\ndatabase = "d"\n[auth.sql]\ndatabase = "x"\nquery = "SELECT 1 WHERE :user"',
+        "5: auth.sql.query: it does not ask for a user: there is neither :name nor :local in it",
+    ),
+    "tokens that nobody checks": (
+        "[auth.oauth]",
+        "1: auth.oauth: one of introspection, keys_file and keys_url says how a token is checked",
+    ),
+    "tokens that two check": (
+        '[auth.oauth]\nintrospection = "https://i.test"\nkeys_file = "k"',
+        "1: auth.oauth: one of introspection, keys_file and keys_url says how a token is checked",
+    ),
+    "a client without a secret": (
+        '[auth.oauth]\nintrospection = "https://i.test"\nclient_id = "me"',
+        "3: auth.oauth.client_id: there is no client_secret_file",
+    ),
+    "a secret without a client": (
+        '[auth.oauth]\nintrospection = "https://i.test"\nclient_secret_file = "me"',
+        "3: auth.oauth.client_secret_file: there is no client_id",
+    ),
+    "signed tokens for anybody": (
+        '[auth.oauth]\nkeys_file = "k"\nissuer = "i"',
+        "1: auth.oauth: without audience a token that was made for somebody else would do",
+    ),
+    "tokens of anybody": (
+        '[auth.oauth]\nkeys_file = "k"\naudience = "i"',
+        "1: auth.oauth: without issuer a token that was made for somebody else would do",
+    ),
+    "an introspection in clear": (
+        '[auth.oauth]\nintrospection = "http://i.test"',
+        '2: auth.oauth.introspection: expected an address that begins with "https://", found "http://i.test"',
+    ),
+    "an introspection with a password in its address": (
+        '[auth.oauth]\nkeys_url = "https://me:secret@i.test"\nissuer = "i"\naudience = "a"',
+        '2: auth.oauth.keys_url: expected an address that begins with "https://", found "https://me:secret@i.test"',
+    ),
+    "tokens that are signed by whoever can check them": (
+        '[auth.oauth]\nkeys_file = "k"\nissuer = "i"\naudience = "a"\nalgorithms = ["HS256"]',
+        '5: auth.oauth.algorithms[0]: expected "RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", '
+        '"ES384", "ES512" or "EdDSA", found "HS256"',
+    ),
+    "a rate": (
+        '[auth]\naddress_failures = "5/2d"',
+        '2: auth.address_failures: expected a rate such as "60/m", "100/h" or "10/10m", over a day ("1d") at most, '
+        'found "5/2d"',
+    ),
+    "an answer that is remembered for long": ('[auth]\ncache = "1d"', '2: auth.cache: expected at most 1h, found "1d"'),
     "a role of listeners that nobody can use": (
         f'{LISTENER}role = "odmr"',
         "3: listener[0].role: there is no [[customer]] who could fetch mail",
@@ -582,6 +750,38 @@ ONE_ERROR = {
     "value for a table": ("limits = 5", "1: limits: expected a table, found 5"),
     "list for a table": ("[[limits]]", "1: limits: expected a table, found a list"),
     "value in a list of tables": ("listener = [5]", "1: listener[0]: expected a table, found 5"),
+    "users without any": (
+        '[tls]\ncertificate = "x"\n[[listener]]\naddress = "h:1"\nauth = true',
+        "5: listener[0].auth: nobody can log in: [auth] names no users",
+    ),
+    "users without TLS": (
+        '[auth]\nusers_file = "x"\n[[listener]]\naddress = "h:1"\nauth = true',
+        "5: listener[0].auth: nobody can log in without TLS, and tls is off",
+    ),
+    "users where TLS is off": (
+        'auth.users_file = "x"\n[tls]\ncertificate = "x"\n[[listener]]\naddress = "h:1"\nauth = true\ntls = "off"',
+        "6: listener[0].auth: nobody can log in without TLS, and tls is off",
+    ),
+    "passwords in clear": (
+        '[[listener]]\naddress = ["127.0.0.1:1", "192.0.2.1:1"]\nauth_clear = true',
+        "3: listener[0].auth_clear: passwords would cross the network in clear",
+    ),
+    "passwords in clear, by name": (
+        '[[listener]]\naddress = "h:1"\nauth_clear = true',
+        "3: listener[0].auth_clear: passwords would cross the network in clear",
+    ),
+    "passwords in clear, everywhere": (
+        '[[listener]]\naddress = "[::]:1"\nauth_clear = true',
+        "3: listener[0].auth_clear: passwords would cross the network in clear",
+    ),
+    "a customer who is nobody": (
+        '[[customer]]\ndomains = ["a.example"]',
+        "1: customer[0]: nobody is this customer: there are neither networks nor users",
+    ),
+    "a customer with a user that is no name": (
+        '[[customer]]\ndomains = ["a.example"]\nusers = ["a\\u0007"]',
+        '3: customer[0].users[0]: expected a user name in quotes, found "a\\u0007"',
+    ),
     "address twice": (
         '[[listener]]\naddress = "h:1"\n[[listener]]\naddress = ["h:2", "h:1"]',
         "4: listener[1].address: h:1 stands twice",
@@ -642,7 +842,7 @@ ONE_ERROR = {
     ),
     "bad recipients": (
         'transport.x.type = "discard"\n[[domain]]\nname = "*"\nrecipients = "all"\ntransport = "x"',
-        '4: domain[0].recipients: expected "any", or a list of local-parts, found "all"',
+        '4: domain[0].recipients: expected "any", a list of local-parts, or a table, found "all"',
     ),
     "unknown type": (
         '[transport.x]\ntype = "uucp"',
@@ -985,6 +1185,28 @@ def test_a_duration_is_the_sum_of_its_parts(days: int, hours: int, minutes: int,
 
 
 @pytest.mark.parametrize(
+    ("text", "rate", "shown"),
+    [("60/m", Rate(60, 60.0), "60/m"), ("10/10m", Rate(10, 600.0), "10/10m"), ("5/60m", Rate(5, 3600.0), "5/h"),
+     ("1/1d", Rate(1, 86400.0), "1/d"), ("999999999/s", Rate(999999999, 1.0), "999999999/s"),
+     ("7/90m", Rate(7, 5400.0), "7/1h30m"), (Rate(1, 1.0), Rate(1, 1.0), "1/s")],
+)  # fmt: skip
+def test_rates(text: object, rate: Rate, shown: str) -> None:
+    assert parse_rate(text) == rate
+    assert str(rate) == shown
+    assert rate.interval == rate.seconds / rate.count
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "5", "/m", "5/", "0/m", "-1/m", "5/0m", "5/m ", "5 /m", "5/M", "5/2d", "5/86401s", "5/99999h", "1.5/m", "٥/m",
+     "1234567890/m", "5/1h30m", 5, 5.0, True, None, []],
+)  # fmt: skip
+def test_what_is_no_rate(text: object) -> None:
+    with pytest.raises(ValueError, match="a rate such as"):
+        parse_rate(text)
+
+
+@pytest.mark.parametrize(
     ("text", "octets"),
     [("50MB", 52428800), ("64KB", 65536), ("1GB", 1 << 30), ("2TB", 2 << 40), ("0KB", 0), (0, 0), (1000, 1000),
      ((1 << 63) - 1, (1 << 63) - 1)],
@@ -1081,20 +1303,26 @@ def test_warnings() -> None:
     assert "there is no [[domain]]: every recipient is refused" in warn("")
     assert 'durability is "none"' in warn('spool.durability = "none"')
     assert "nothing uses [transport.y]" in warn('transport.y.type = "discard"\n' + SERVED)
-    assert "h:1: nobody can authenticate" in warn('[[listener]]\naddress = "h:1"\nrole = "submission"')
+    submission = '[[listener]]\naddress = "h:1"\nrole = "submission"\n'
+    assert "h:1: nobody can authenticate" in warn(submission)
+    assert "nobody can authenticate" not in warn(submission + '[auth]\nusers_file = "users"')
 
 
 INTERNET = 'transport.net.type = "smtp"\n[relay]\ntransport = "net"\n'
 
 
 def test_warnings_of_what_goes_out() -> None:
-    assert warn(f'{INTERNET}networks = ["127.0.0.0/8"]\n{SERVED}'.replace("a.example", "*")) == ""
+    assert warn(f'{INTERNET}networks = ["192.0.2.0/24"]\n{SERVED}'.replace("a.example", "*")) == ""
     assert warn(f'postmaster = "p@a.example"\n{INTERNET}{SERVED}') == "", "reports leave, and nobody relays"
     for way in ("[relay]\ntransport", '[[route]]\ndomain = "*"\ntransport', '[[route]]\ndomain = "b.test"\ntransport'):
         found = warn(f'{SERVED}{way} = "x"\n')
         assert ("senders there are not told what fails" in found) == ("b.test" in way)
     assert "relay.networks: ::/0 makes this an open relay" in warn(f'{INTERNET}networks = ["::1", "::/0"]')
-    assert "open relay" not in warn(f'{INTERNET}networks = ["192.0.2.0/24"]')
+    assert "relay.networks: 128.0.0.0/1 makes this an open relay" in warn(f'{INTERNET}networks = ["128.0.0.0/1"]')
+    assert "open relay" not in warn(f'{INTERNET}networks = ["192.0.2.0/24", "10.0.0.0/8", "fc00::/7"]')
+    everywhere = SERVED.replace("a.example", "*").replace('"x"', '"net"')
+    assert "[[domain]] * makes this an open relay" in warn(INTERNET + everywhere)
+    assert "open relay" not in warn(INTERNET + everywhere.replace('"*"', '"*.a.example"'))
     assert "dns.allow_loopback is for tests" in warn("dns.allow_loopback = true")
     route = '[[route]]\ndomain = "a.example"\ntransport = "x"\n'
     assert "[[route]] a.example is never used: [[domain]] a.example serves it" in warn(SERVED + route)
@@ -1102,6 +1330,20 @@ def test_warnings_of_what_goes_out() -> None:
     for address, crosses in (("unix:/run/x", False), ("localhost:24", False), ("boxes.test:24", True)):
         found = warn(f'[transport.x]\ntype = "lmtp"\naddress = "{address}"')
         assert ("[transport.x]: mail crosses the network to" in found) == crosses
+
+
+def test_warning_of_an_mx_on_loopback_that_relays() -> None:
+    for address, role, network, warned in (
+        ("127.0.0.1:25", "mx", "127.0.0.0/8", True),
+        ("[::1]:25", "mx", "::1", True),
+        ("127.0.0.1:25", "mx", "192.0.2.0/24", False),
+        ("192.0.2.1:25", "mx", "127.0.0.0/8", False),
+        ("unix:/run/x", "mx", "127.0.0.0/8", False),
+        ("127.0.0.1:24", "lmtp", "127.0.0.0/8", False),
+    ):
+        listener = f'[[listener]]\naddress = "{address}"\nrole = "{role}"\n'
+        found = warn(f'{INTERNET}networks = ["{network}"]\n{listener}')
+        assert (f"{address}: programs of this machine may send to any domain" in found) == warned
 
 
 def test_what_depends_on_a_login() -> None:

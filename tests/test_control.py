@@ -53,6 +53,8 @@ def test_nonsense_is_answered_and_the_connection_goes_on(tmp_path: Path) -> None
             b'{"do": "delete", "ids": [5]}': "no message id",
             b'{"do": "delete", "ids": ["x"], "everything": true}': "no message id",
             b'{"do": "hold", "everything": 1}': "wrong type",
+            b"[" * 100_000: "JSON object",
+            b'{"do": "list", "domain": "\\ud800"}': "surrogates",
         }
         answers = ask(tmp_path / "data", *requests, b'{"do": "hello"}')
         for answer, words in zip(answers, requests.values(), strict=False):

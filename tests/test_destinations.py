@@ -21,6 +21,8 @@ from scripted import (
     logged,
     open_spool,
     play,
+    turns,
+    until,
 )  # fmt: skip
 
 from fastsmtp._shared import Shared
@@ -267,7 +269,7 @@ def test_a_destination_that_recovers_is_drained_without_a_stampede(log: Logged, 
         bench.clock.ahead += 80
         bench.queue.tick()
         for _ in range(30):
-            await asyncio.sleep(0.01)
+            await turns()
             windows.append(net.running["net.test"])
             gate, net.gate = net.gate, asyncio.Event()
             gate.set()
@@ -291,10 +293,7 @@ def test_a_slow_destination_delays_no_other_of_its_transport(kind: str, log: Log
         for number in range(50):
             await bench.keep(f"s{number}@net.slow.test")
             await bench.keep(f"f{number}@net.fast.test")
-        for _ in range(200):
-            await asyncio.sleep(0.005)
-            if bench.spool.backlog == 50:
-                break
+        await until(lambda: bench.spool.backlog == 50)
         assert [address for address in net.tried if address.endswith("fast.test")] == [
             f"f{number}@net.fast.test" for number in range(50)
         ]
@@ -319,17 +318,13 @@ def test_what_is_too_much_for_a_slow_destination_goes_back_to_the_spool(
         net.gates["net.slow.test"] = asyncio.Event()
         for number in range(100):
             await bench.keep(f"s{number}@net.slow.test")
+        held = bench.spool._scan.held
         for _ in range(3):
             bench.clock.ahead += 60
             bench.queue.tick()
-            await asyncio.sleep(0.1)
-            assert len(bench.spool._scan.held) < 40
+            await until(lambda: len(held) < 40)
         await bench.keep("f@net.fast.test")
-        for _ in range(100):
-            await asyncio.sleep(0.01)
-            if net.tried[-1] == "f@net.fast.test":
-                break
-        assert net.tried[-1] == "f@net.fast.test"
+        await until(lambda: net.tried[-1] == "f@net.fast.test")
         net.gates["net.slow.test"].set()
         while bench.spool.backlog:
             await bench.pass_time(60)
@@ -339,6 +334,39 @@ def test_what_is_too_much_for_a_slow_destination_goes_back_to_the_spool(
     assert {line["why"] for line in log[1]() if line["event"] == "deferred"} == {
         "much other mail waits for the same destination"
     }
+
+
+def test_what_waits_for_this_machine_does_not_crowd_out_what_leaves_it(
+    log: Logged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mailbox server that stands still has all its mail in one lane; other destinations have as much room as ever."""
+    monkeypatch.setattr("fastsmtp.queue.CROWDED", 30)
+    monkeypatch.setattr("fastsmtp.queue.FEW", 2)
+    box, net = Scripted(), Scripted(concurrency=1)
+
+    async def test(bench: Bench) -> None:
+        box.gate, net.gate = asyncio.Event(), asyncio.Event()
+        for number in range(50):
+            await bench.keep(f"b{number}@box.test")
+        for number in range(20):
+            await bench.keep(f"n{number}@net.test")
+        await turns()
+        waiting = {state.destination: state.waiting for state in bench.queue.lanes() if state.transport == "net"}
+        assert waiting["net.test"] >= 10
+        for number in range(20):
+            await bench.keep(f"o{number}@net.other", f"p{number}@net.third")
+        await turns()
+        waiting = {state.destination: state.waiting for state in bench.queue.lanes() if state.transport == "net"}
+        assert waiting["net.other"] < 10, "what leaves it does"
+        box.gate.set()
+        net.gate.set()
+        await bench.settle()
+        for _ in range(10):
+            await bench.pass_time(600)
+        assert bench.spool.backlog == 0
+        assert (bench.queue._waiting, bench.queue._beyond) == (0, 0)
+
+    play("memory", log[0], tmp_path, {"box": box, "net": net}, test)
 
 
 def test_what_only_has_to_be_put_off_holds_up_nobody_who_is_due_behind_it(
@@ -369,10 +397,10 @@ def test_a_small_batch_for_a_connection_and_all_recipients_of_a_message_together
     async def test(bench: Bench) -> None:
         net.gate = asyncio.Event()
         await bench.keep("a@net.test", "b@net.test", "c@net.other", "d@net.test")
-        await asyncio.sleep(0.01)
+        await turns()
         for number in range(60):
             await bench.keep(f"m{number}@net.test")
-        await asyncio.sleep(0.02)
+        await turns()
         net.gate.set()
         await bench.settle()
 
@@ -472,3 +500,26 @@ def test_what_waits_for_a_dead_destination_is_not_in_memory(log: Logged, tmp_pat
         assert sum(state.waiting for state in bench.queue.lanes()) == 0
 
     play("disk", log[0], tmp_path, {"net": net}, test)
+
+
+def test_other_transports(log: Logged) -> None:
+    """After a reload: lanes of what stays are kept, and what is replaced is in use until nothing waits for it."""
+    machine = Machine(log)
+    (destinations,) = machine.workers
+    net, box = machine.lane(), machine.lane(name="box")
+    old, kept = net.transport, box.transport
+    new = Scripted(concurrency=3)
+    net.running = 1
+    destinations.use({"net": new, "box": kept}, SCHEDULE, 50)
+    assert machine.lane(name="box") is box
+    assert machine.lane() is not net
+    assert (machine.lane().transport, machine.lane().cap) == (new, 3)
+    assert [destinations.uses(one) for one in (old, kept, new, Scripted())] == [True, True, True, False]
+    net.running = 0
+    assert not destinations.uses(old)
+    destinations.use({"net": new}, SCHEDULE, 50)
+    assert destinations.lane("box", BOX) is None
+    assert [destinations.uses(one) for one in (kept, new)] == [False, True]
+    machine.lane()
+    destinations.use({}, SCHEDULE, 50)
+    assert not destinations.uses(new)

@@ -10,10 +10,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import uvloop
+from users import Users
 from wire import R554, Bench, RecordingKeeper, bench, make_service
 
 from fastsmtp.connection import Connection
+from fastsmtp.policy.senders import Senders
 from fastsmtp.reply import R250_QUEUE_RUN, R450_ATRN_REFUSED, R453_NO_MAIL, R459_NODE_REFUSED, Reply
+from fastsmtp.rights import Rights
+from fastsmtp.submission import Rules
 from fastsmtp.verdict import STORED, Ask, NextHop, Refused, Stage, Verdict
 
 FOLDER = Path(__file__).parent / "dialogs"
@@ -162,6 +166,7 @@ FETCHING = [
     Answer(Stage.ATRN, R453_NO_MAIL, R450_ATRN_REFUSED),
 ]
 TRUST: dict[str, Callable[[str], bool]] = {"yes": lambda ip: True, "no": lambda ip: False}
+RULES = {"refuse": Rules(), "add_sender": Rules("add_sender"), "off": Rules("off")}
 NUMBERS = {
     "size": "message_size",
     "sessions": "session_limit",
@@ -190,6 +195,12 @@ def service_options(options: dict[str, str]) -> dict[str, Any]:
         elif word == "fetches":
             made["fetches"] = TRUST[value]
             made["checks"] = FETCHING
+        elif word == "users":
+            made["users"] = Users()
+            made["auth_clear"] = value == "clear"
+        elif word == "rules":
+            made["rules"] = RULES[value]
+            made["checks"] = [Senders(lambda _: Rights(frozenset({"ann@here.test"})))]
         elif word == "soft":
             made["soft"] = value == "yes"
         elif word == "dsn":
@@ -242,8 +253,9 @@ def check_stored(step: StoredMessage, keeper: RecordingKeeper, number: int) -> i
     assert len(keeper.kept) > number, "nothing was stored"
     kept = keeper.kept[number]
     assert [kept.reverse_path, *kept.recipients] == step.envelope
-    assert kept.body == step.octets
-    assert kept.message.size == len(step.octets)
+    edges = [0, *(edge for cut in kept.message.cuts for edge in cut), kept.message.size]
+    assert b"".join(kept.body[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)) == step.octets
+    assert kept.message.size == len(kept.body)
     return number + 1
 
 

@@ -128,6 +128,22 @@ def test_a_large_message_goes_in_chunks_that_are_answered_meanwhile() -> None:
     assert dialogue.outcomes[0].result is Result.DELIVERED
 
 
+@pytest.mark.parametrize("keywords", [("PIPELINING", "CHUNKING"), ("PIPELINING",)])
+@pytest.mark.parametrize(
+    ("word", "status"), [(b"250 taken\r\n", "4.5.0"), (b"552 5.2.3 too big\r\n", "5.2.3"), (b"421 bye\r\n", "4.3.2")]
+)
+def test_a_message_is_not_taken_before_its_end_has_left(word: bytes, status: str, keywords: tuple[str, ...]) -> None:
+    dialogue = opened(*keywords)
+    dialogue.send(to("bob", octets=b"x" * (PIECE + 7)))
+    dialogue.feed(b"250 ok\r\n250 ok\r\n" + b"354 go\r\n" * (len(keywords) == 1))
+    while (body := dialogue.body) is not None:
+        dialogue.send_piece(body.read())
+    answers = b"250 ok\r\n" * (len(keywords) == 2)  # to the first chunk
+    assert dialogue.feed(answers, early=True) is Step.WAIT
+    assert dialogue.feed(word, early=True) is Step.CLOSE
+    assert [each.status for each in dialogue.outcomes] == [status]
+
+
 def test_a_chunk_is_refused_no_more_are_sent() -> None:
     dialogue = opened("PIPELINING", "CHUNKING")
     dialogue.send(to("bob", "carl", octets=b"x" * (3 * PIECE)))
@@ -508,12 +524,12 @@ LIKELY = {"DATA": 354, "greeting": 220}
 CODES = st.sampled_from([220, 250, 250, 250, 354, 421, 450, 451, 452, 500, 550, 552])
 EVENTS = st.one_of(
     st.just("as wanted"), st.just("as wanted"), st.just("as wanted"), st.just("all as wanted"), CODES,
-    st.sampled_from(["hang-up", "time-out", "garbage", "half", "excess"]),
+    st.sampled_from(["hang-up", "time-out", "garbage", "half", "excess", "shift", "shift"]),
 )  # fmt: skip
 KEYWORDS = st.sets(st.sampled_from(["PIPELINING", "CHUNKING", "8BITMIME", "DSN", "LIMITS RCPTMAX=2 MAILMAX=3"]))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(st.booleans(), KEYWORDS, st.lists(st.integers(1, 4), min_size=1, max_size=3), st.data())
 def test_one_outcome_each_and_delivered_only_with_2xx(
     lmtp: bool, keywords: set[str], sizes: list[int], data: st.DataObject
@@ -565,6 +581,12 @@ def test_one_outcome_each_and_delivered_only_with_2xx(
                 while host.waiting:
                     octets += say(wanted())
                 take(dialogue.feed(octets + b"250 more\r\n"))
+            elif event == "shift":  # one reply too many, at any place among those to a group
+                replies = []
+                while host.waiting:
+                    replies.append(say(data.draw(st.sampled_from([wanted(), wanted(), 250, 450, 550]))))
+                replies.insert(data.draw(st.integers(0, len(replies))), b"250 more\r\n")
+                take(dialogue.feed(b"".join(replies)))
             elif event == "all as wanted":
                 octets = b""
                 while host.waiting:

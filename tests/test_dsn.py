@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fastsmtp._parser import BodyEnd, Parser
 from fastsmtp.address import NULL, Address, parse_address
 from fastsmtp.dsn import KINDS, Action, Event, Reporter, is_wanted
-from fastsmtp.message import Content, Envelope, Message, Recipient, date
+from fastsmtp.message import Content, Envelope, Message, Recipient, date, waives_tls
 from fastsmtp.record import parse_envelope, render_envelope
 
 ANN = Address("ann", "example.org")
@@ -498,6 +498,19 @@ def test_what_comes_back(body: bytes, ret: str, content: Content, kind: str, enc
     assert (encoding == "8bit") == (not octets_of(made).isascii())
     if kind in ("message/rfc822", "message/global"):
         assert octets == PREFIX + body
+
+
+@pytest.mark.parametrize("wish", ["", "requires", "waives"])
+def test_a_report_is_kept_from_others_as_its_message_was(wish: str) -> None:
+    """RFC 8689 5."""
+    message = message_of(ret="FULL")
+    message.envelope.require_tls = wish == "requires"
+    message.envelope.waives_tls = wish == "waives"
+    made = report(message, event_of())
+    assert (made.envelope.require_tls, made.envelope.waives_tls) == (wish == "requires", wish == "waives")
+    assert waives_tls(octets_of(made), made.header_end) is (wish == "waives")
+    kind = "text/rfc822-headers" if wish == "requires" else "message/rfc822"
+    assert split(made)[1][2][0].startswith(b"Content-Type: %s" % kind.encode())
 
 
 def test_only_what_is_needed_is_read() -> None:

@@ -134,6 +134,7 @@ VALUES = {
     "ORCPT": "rfc822;x",
     "SMTPUTF8": "",
     "REQUIRETLS": "",
+    "AUTH": "<>",
 }
 
 

@@ -2,9 +2,8 @@
 
 As in test_kill.py, but everything goes on to a sink that refuses one mailbox for good, puts off some of the mail, and
 hangs up on some of it: so reports are made, and mail waits and is tried again, while workers and the group are killed.
-In the end the queue is empty, and the sink's record is verified against the ledger. A second copy is excused only where
-a kill fell between the sink's 250 and our mark; a second report also where it fell between keeping the report and the
-mark, for both are delivered behind the kill. `--kills N` is the long form, as there.
+In the end the queue is empty, and the sink's record is verified against the ledger. A second copy, of a message or of a
+report, is excused only where a kill fell between the sink's 250 and our mark. `--kills N` is the long form, as there.
 """
 
 from __future__ import annotations
@@ -24,9 +23,8 @@ from loadtest.ledger import read_ledger
 from loadtest.rules import Circumstances, verify
 from loadtest.sink_server import SinkProcess
 
-SHORT_KILLS = 6
+SHORT_KILLS = 5
 SHORT_SECONDS = 8.0
-REPORTED = 10.0  # seconds between a kill and the delivery of a report that was kept before it
 NOBODY = MAILBOXES[-1]  # refused by the sink
 
 _TABLES = """\
@@ -100,13 +98,10 @@ def play(folder: Path, chance: random.Random, kills: int, until: float, name: st
         f"{name}: {dict(run.struck)}, {dict(outcomes)}, {report.delivered} delivered, {report.failed} reported,"
         f" {report.duplicates} second copies, accepted again within {max(run.restarts, default=0):.1f} s"
     )
-    told_twice = [each for each in report.violations if each.rule == "C" and each.recipient == NOBODY]
-    assert report.violations == told_twice
-    late = Circumstances(tuple((at, at + REPORTED) for at in run.faults))
-    assert verify(run.ledger.path, (), [record], late).violations == []
+    assert report.violations == []
     assert report.failed > 0
     assert all(sink.counts[what] for what in ("refusals", "faults")), sink.counts
-    assert outcomes["acked"] > 20 * sum(run.struck.values()), "there was hardly any load"
+    assert outcomes["acked"] > 3 * sum(run.struck.values()), "there was hardly any load"
     assert outcomes["5xx"] == 0
     assert max(run.restarts, default=0) < PATIENCE / 2
     return sum(run.struck.values())

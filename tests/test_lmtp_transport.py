@@ -184,7 +184,8 @@ def test_dovecot(tcp: bool, tmp_path: Path) -> None:
         results = await transport.deliver(
             [
                 to("bob", "nobody", "ann", domain=DOMAIN),
-                to("full", "bob", octets=b"Subject: one\r\n\r\n.\r\n..\r\nend", domain=DOMAIN),
+                to("full", "bob", domain=DOMAIN),
+                to("bob", octets=b"Subject: one\r\n\r\n.\r\n..\r\nend", domain=DOMAIN),
                 to("ann", octets=large, domain=DOMAIN),
             ]
         )
@@ -194,7 +195,7 @@ def test_dovecot(tcp: bool, tmp_path: Path) -> None:
             (Result.FAILED, "5.1.1"),
             (Result.FAILED, "5.2.2"),
         )
-        assert statuses == [[delivered, unknown, delivered], [full, delivered], [delivered]]
+        assert statuses == [[delivered, unknown, delivered], [full, delivered], [delivered], [delivered]]
         outcome: Outcome = results[1][0]
         assert "full" in outcome.reply
         # Over the same connection again
@@ -205,7 +206,7 @@ def test_dovecot(tcp: bool, tmp_path: Path) -> None:
     with dovecot({"ann": "", "bob": "", "full": "1"}) as server:
         with_dovecot(check, server, tcp)
         mails = server.mails("bob")
-        assert len(mails) == 3
+        assert len(mails) == 4
         # Dovecot writes line ends as Unix has them. Over BDAT nothing was added at the end.
         (one,) = [mail for mail in mails if b"Subject: one" in mail]
         assert one.partition(b"Subject: one\n")[2] == b"\n.\n..\nend"

@@ -105,12 +105,13 @@ def text_of(event: Event, *values: object) -> str:
 
 
 def test_a_json_line() -> None:
-    assert json_of(ACCEPTED, "id1", "192.0.2.1", "<>", ("a@b.test", "c@d.test"), 5) == {
+    assert json_of(ACCEPTED, "id1", "192.0.2.1", "ann", "<>", ("a@b.test", "c@d.test"), 5) == {
         "time": STAMP,
         "level": "info",
         "event": "accepted",
         "id": "id1",
         "client": "192.0.2.1",
+        "user": "ann",
         "from": "<>",
         "to": ["a@b.test", "c@d.test"],
         "size": 5,
@@ -137,7 +138,7 @@ def test_values_in_json(value: object, shown: object) -> None:
 
 
 def test_a_text_line() -> None:
-    assert text_of(ACCEPTED, "id1", "192.0.2.1", "<>", ("a@b.test", "c@d.test"), 5) == (
+    assert text_of(ACCEPTED, "id1", "192.0.2.1", None, "<>", ("a@b.test", "c@d.test"), 5) == (
         "accepted       id=id1 client=192.0.2.1 from=<> to=a@b.test,c@d.test size=5"
     )
 

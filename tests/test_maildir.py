@@ -305,7 +305,7 @@ def test_a_full_disk_defers_and_serves_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("sync", ["batch", "file"])
-def test_a_domain_on_a_file_system_of_its_own(tmp_path: Path, sync: str) -> None:
+def test_a_domain_on_a_file_system_of_its_own(tmp_path: Path, sync: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with (
         volume("tmpfs", tmp_path / "root/one.test", "1M"),
         volume("tmpfs", tmp_path / "root/two.test", "1M"),
@@ -319,6 +319,11 @@ def test_a_domain_on_a_file_system_of_its_own(tmp_path: Path, sync: str) -> None
                 mail = delivery(message(number), *addresses, Address("file", "one.test"))
                 groups = await maildir.deliver([mail])
                 assert results(groups) == [[Result.DELIVERED] * 6 + [Result.DEFERRED]]
+                assert len(maildir._elsewhere) == 4
+            monkeypatch.setattr("fastsmtp.delivery.maildir.CACHE_SIZE", 3)  # what is known of mailboxes is bounded
+            for number in range(3, 5):
+                await maildir.deliver([delivery(message(number), Address(f"new{number}", "one.test"))])
+                assert len(maildir._elsewhere) <= 3
             # what is too large for one of them is that one's error
             groups = await maildir.deliver([delivery(message(9, body=b"x" * 2_000_000), *addresses)])
             assert [outcome.status for outcome in groups[0]] == ["4.3.1"] * 4 + ["2.0.0"] * 2

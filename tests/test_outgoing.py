@@ -19,16 +19,14 @@ from peer import Peer
 from servers import LISTENER, Server, mailbox, running, toml
 from test_serve import make_certificate
 
-from fastsmtp._shared import Shared
 from fastsmtp.address import parse_address
 from fastsmtp.config import Config, parse
 from fastsmtp.delivery.client_tls import Tls
 from fastsmtp.delivery.offers import Offers
 from fastsmtp.delivery.smtp import Smtp
 from fastsmtp.log import Log
-from fastsmtp.metrics import Counter
 from fastsmtp.outgoing import Ways, read_offers
-from fastsmtp.seat import Seat
+from fastsmtp.seat import Settings
 
 T = TypeVar("T")
 LETTER = b"Subject: x\r\n\r\nfar away\r\n"
@@ -42,14 +40,13 @@ def with_ways(text: str, look: Callable[[Ways], Awaitable[T]]) -> T:
         asks, theirs = socket.socketpair()
         log_fd = os.memfd_create("log")
         log = Log(log_fd, human=False, clock=lambda: 0.0, threaded=False)
-        seat = Seat(0, 1, [], {}, Shared(1, len(Counter)), -1, -1, {"provider": "secret"}, asks)
-        ways = Ways(config, seat, log, "test")
+        settings = Settings(config, {"provider": "secret"})
+        ways = Ways(settings, 0, log, "test", asks)
         try:
             return await look(ways)
         finally:
-            for transport in ways.transports.values():
-                await transport.close()
-            await ways.close()
+            for part in ways.parts():
+                await part.close()
             log.close()
             os.close(log_fd)
             asks.close()
@@ -144,6 +141,24 @@ def test_for_whom_requiretls_can_be_kept(text: str, kept: str) -> None:
         return ways.keeps_tls
 
     assert with_ways(text, look) == kept
+
+
+@pytest.mark.parametrize(
+    ("text", "demanded"),
+    [
+        (NET, False),
+        (NET + 'tls = "required"\n', True),
+        (NET + route("a.test", 'tls = "verified"'), True),
+        (NET + route("a.test", 'tls = "off"'), False),
+        (PROVIDER, False),
+        (BOXES.replace('"discard"', '"lmtp"\naddress = "unix:/x"'), False),
+    ],
+)
+def test_whether_a_sender_can_waive_anything(text: str, demanded: bool) -> None:
+    async def look(ways: Ways) -> bool:
+        return ways.demands_tls
+
+    assert with_ways(text, look) is demanded
 
 
 def test_what_a_next_host_takes_is_known_once_it_was_heard() -> None:

@@ -6,6 +6,7 @@ The runner is the real process; as root its commands run as `nobody`, otherwise 
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import os
 import pwd
@@ -463,16 +464,25 @@ def test_programs_that_cannot_be_run(folder: Path) -> None:
         assert outcome.text.startswith(f"{folder / name}: cannot be run: {why}")
 
 
-def test_no_room_for_the_message(folder: Path) -> None:
-    async def main() -> Outcome:
+def test_no_room_for_the_message(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    async def main() -> list[Outcome]:
         async with piped(folder, x=command("/bin/cat")) as pipes:
             pipe = Pipe("x", "/bin/cat", pipes.runner.asks, folder / "no-such-folder", 1)
-            ((outcome,),) = await pipe.deliver([delivery()])
-            return outcome
+            ((missing,),) = await pipe.deliver([delivery()])
+            monkeypatch.setattr("fastsmtp.delivery.pipe.TemporaryFile", full)
+            ((no_room,),) = await pipe.deliver([delivery()])
+            return [missing, no_room]
 
-    outcome = run(main())
-    assert (outcome.result, outcome.scope) == (Result.DEFERRED, Scope.HOST)
-    assert outcome.text == "/bin/cat: cannot be run: No such file or directory"
+    outcomes = run(main())
+    assert {(outcome.result, outcome.scope) for outcome in outcomes} == {(Result.DEFERRED, Scope.HOST)}
+    assert [outcome.text.removeprefix("/bin/cat: cannot be run: ") for outcome in outcomes] == [
+        "No such file or directory",
+        "No space left on device",
+    ]
+    assert [outcome.status for outcome in outcomes] == ["4.3.0", "4.3.1"]
 
 
 # Time

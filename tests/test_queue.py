@@ -11,7 +11,7 @@ from typing import Any
 import apsw
 import pytest
 import uvloop
-from scripted import LATER, NEVER, SCHEDULE, Bench, Kinds, Logged, Scripted, logged, play
+from scripted import LATER, NEVER, SCHEDULE, Bench, Kinds, Logged, Scripted, logged, play, turns, until
 
 from fastsmtp.address import parse_address
 from fastsmtp.delivery.discard import Discard
@@ -194,12 +194,7 @@ def test_a_slow_lane_delays_no_other(log: Logged, tmp_path: Path) -> None:
         await bench.keep("b@slow.test")
         for _ in range(10):
             await bench.keep("c@fast.test")
-        for _ in range(200):
-            await asyncio.sleep(0.005)
-            if len(fast.tried) == 10:
-                break
-        assert len(fast.tried) == 10
-        assert bench.spool.backlog == 1
+        await until(lambda: len(fast.tried) == 10 and bench.spool.backlog == 1)
         slow.gate.set()
         await bench.settle()
         assert bench.spool.backlog == 0
@@ -213,7 +208,7 @@ def test_what_arrives_while_a_batch_is_delivered_makes_the_next_one(log: Logged,
     async def test(bench: Bench) -> None:
         box.gate = asyncio.Event()
         await bench.keep("first@box.test")
-        await asyncio.sleep(0.05)
+        await until(lambda: bool(box.batches))
         for number in range(25):
             await bench.keep(f"b{number}@box.test")
         box.gate.set()
@@ -231,7 +226,7 @@ def test_a_restart_goes_on_where_it_was(log: Logged, tmp_path: Path) -> None:
         await bench.settle()
         before.gate = asyncio.Event()
         await bench.keep("under-way@box.test", body=b"first\r\n" * 30_000)
-        await asyncio.sleep(0.05)
+        await until(lambda: len(before.batches) == 2)
         before.gate.set()
         bench.queue._closing = True  # what is delivered now is never marked: the process is about to be gone
         before.script = [LATER]
@@ -339,10 +334,11 @@ def test_a_body_that_cannot_be_read_for_one_lane_while_another_has_the_job(
         await bench.keep("d@slow.test")
         spool.on_stored = bench.queue.offer
         slow.gate = asyncio.Event()
+        bench.queue.tick()
+        await until(lambda: slow.tried == ["c@slow.test", "d@slow.test"] and not answers)
         for _ in range(3):
             bench.queue.tick()
             await asyncio.sleep(0.1)
-        assert slow.tried == ["c@slow.test", "d@slow.test"]
         assert box.tried == []
         slow.gate.set()
         await bench.settle()
@@ -363,7 +359,7 @@ def test_jobs_of_an_unhealthy_spool_are_not_delivered(log: Logged, tmp_path: Pat
         job = Job(1, _message(bench), [0], checked=True)
         bench.spool._jobs[1] = job
         bench.queue.offer([job])
-        await asyncio.sleep(0.02)
+        await turns()
         assert box.batches == []
         bench.spool.healthy = True
         await bench.pass_time(1)

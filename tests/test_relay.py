@@ -14,9 +14,11 @@ from fastsmtp.address import Address, parse_address
 from fastsmtp.commands import BARRIERS
 from fastsmtp.domains import Domain, Domains
 from fastsmtp.policy.relay import REMEMBERED, Relay, Trust
+from fastsmtp.record import parse_envelope, render_envelope
 from fastsmtp.reply import R550_UNKNOWN_MAILBOX, R554_LOOP, Reply, Then, reason, softened
 from fastsmtp.routes import Routes
-from fastsmtp.session import Session, Terms
+from fastsmtp.session import Session
+from fastsmtp.terms import Terms
 from fastsmtp.verdict import Ask, Client, Stage
 
 NETWORKS = [ip_network(text) for text in ("127.0.0.0/8", "::1", "198.51.100.0/25", "2001:db8:1::/48", "fe80::/10")]
@@ -212,6 +214,57 @@ def answers(keeps_tls: str, tls: str, trusted: bool) -> tuple[bool, str]:
 )
 def test_require_tls(keeps_tls: str, tls: str, trusted: bool, offered: bool) -> None:
     assert answers(keeps_tls, tls, trusted) == (offered, "250" if offered else "555")
+
+
+# TLS-Required: No (RFC 8689 5)
+
+
+@pytest.mark.parametrize(
+    ("field", "waived"),
+    [
+        ("TLS-Required: No", True),
+        ("tls-required:NO\t", True),
+        ("TLS-Required:\r\n No", True),
+        ("TLS-Required: Nope", False),
+        ("TLS-Required: yes", False),
+        ("X-TLS-Required: No", False),
+        ("Subject: TLS-Required: No", False),
+        ("Subject: x\r\n TLS-Required: No", False),
+        ("Subject: x\r\n\r\nTLS-Required: No", False),
+    ],
+)
+@pytest.mark.parametrize("waivable", [True, False])
+@pytest.mark.parametrize("command", ["DATA", "BDAT"])
+def test_what_a_header_waives_goes_with_the_message(field: str, waived: bool, waivable: bool, command: str) -> None:
+    octets = f"{field}\r\n\r\nbody\r\n"
+    with bench(trusts=lambda ip: True, early_refused=False, waivable=waivable) as made:
+        client = made.connect()
+        client.take()
+        client.say("EHLO c.test", "MAIL FROM:<a@b.test>", "RCPT TO:<u@else.test>")
+        if command == "DATA":
+            client.say("DATA")
+            client.say(*f"{octets}.".split("\r\n"))
+        else:
+            client.say(f"BDAT {len(octets)} LAST\r\n{octets}"[:-2])
+        (message,) = made.keeper.kept
+        envelope = message.message.envelope
+        assert envelope.waives_tls is (waived and waivable)
+        kept = parse_envelope(render_envelope(envelope), "0abc")
+        assert (kept.waives_tls, kept.require_tls, kept.utf8) == (waived and waivable, False, False)
+
+
+def test_what_requires_tls_waives_nothing() -> None:
+    with bench(trusts=lambda ip: True, early_refused=False, waivable=True, keeps_tls="all") as made:
+        client = made.connect()
+        client.take()
+        client.connection.session.client.tls = "TLSv1.3 X"
+        client.say("EHLO c.test", "MAIL FROM:<a@b.test> REQUIRETLS", "RCPT TO:<u@else.test>", "DATA")
+        client.say("TLS-Required: No", "", "x", ".")
+        (message,) = made.keeper.kept
+        envelope = message.message.envelope
+        assert (envelope.require_tls, envelope.waives_tls) == (True, False)
+        kept = parse_envelope(render_envelope(envelope), "0abc")
+        assert (kept.require_tls, kept.waives_tls) == (True, False)
 
 
 # Refusals for now

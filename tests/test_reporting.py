@@ -1,23 +1,42 @@
-"""fate, reporting: who is told what of which recipient, when a message is given up, and that a report comes first."""
+"""fate, reporting: who is told what of which recipient, when a message is given up, and that he is told once."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from email import message_from_bytes
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
-from scripted import LATER, NEVER, SCHEDULE, UNREACHED, Bench, Clock, Kinds, Logged, Scripted, logged, play
+from scripted import (
+    LATER,
+    NEVER,
+    SCHEDULE,
+    UNREACHED,
+    Bench,
+    Clock,
+    Kinds,
+    Logged,
+    Scripted,
+    logged,
+    play,
+    turns,
+    until,
+)
 
 from fastsmtp.address import parse_address
 from fastsmtp.delivery import DELIVERED, Outcome, Result
+from fastsmtp.ids import key_of
 from fastsmtp.job import Draft, Mark
 from fastsmtp.message import Message
 from fastsmtp.metrics import Counter
 from fastsmtp.spool import Spool
+from fastsmtp.store import Batch
 from fastsmtp.verdict import STORED, Refused, Stored
 
 TOLD = SCHEDULE._replace(delay_report=300.0)
@@ -72,7 +91,8 @@ def test_what_fails_by_several_ways_comes_back_in_one_report(log: Logged, tmp_pa
     async def test(bench: Bench) -> None:
         assert slow.gate is not None
         await bench.keep("b@fast.test", "c@slow.test", "d@good.test")
-        await asyncio.sleep(0.1)
+        await until(lambda: bool(fast.tried and slow.tried and good.tried))
+        await turns()
         assert (fast.tried, slow.tried, good.tried) == (["b@fast.test"], ["c@slow.test"], ["d@good.test"])
         assert told(sender) == []
         slow.gate.set()
@@ -94,10 +114,7 @@ def test_a_report_does_not_wait_for_ever_for_what_hangs(
     async def test(bench: Bench) -> None:
         assert slow.gate is not None
         await bench.keep("b@fast.test", "c@slow.test")
-        for _ in range(500):
-            if sender.batches:
-                break
-            await asyncio.sleep(0.01)
+        await until(lambda: bool(sender.batches))
         assert told(sender) == [("failed", "b@fast.test", "5.1.1")]
         slow.gate.set()
         await bench.settle()
@@ -269,6 +286,33 @@ def test_mail_without_a_sender_has_its_own_lifetime_and_is_only_logged(log: Logg
     assert (line["to"], line["why"]) == ("b@box.test", "not now")
 
 
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("postmaster", [False, True])
+def test_a_report_that_no_way_leads_to_fails_at_once(postmaster: bool, soft: bool, log: Logged, tmp_path: Path) -> None:
+    """Where all mail is for our own domains, a sender elsewhere cannot be told; mail that came from elsewhere waits."""
+    box, post = Scripted(NEVER, NEVER), Scripted()
+    told_late = Outcome(Result.DEFERRED, "4.2.0", "not now")
+    box.always = told_late
+
+    async def test(bench: Bench) -> None:
+        ways = {"box.test": "box", "post.test": "post"}
+        bench.queue._route = lambda address: (ways.get(address.domain, ""), address)
+        await bench.keep("b@box.test")
+        bounce = await bench.keep("c@gone.test", sender="", protocol="ESMTP")
+        await bench.settle()
+        if not soft:
+            assert post.tried == ["pm@post.test"] * postmaster
+            assert told(post) == [("failed", "a@x.test", "5.4.4")] * postmaster
+        assert [line["id"] for line in log[1]() if line["event"] == "deferred"][-1:] == [bounce] or soft
+        assert bench.spool.backlog == (2 if soft else 1)
+
+    schedule = SCHEDULE._replace(soft_bounce=soft)
+    options = {"postmaster": parse_address("pm@post.test")} if postmaster else {}
+    play("disk", log[0], tmp_path, {"box": box, "post": post}, test, schedule=schedule, **options)
+    unreported = [(line["to"], line["status"]) for line in log[1]() if line["event"] == "unreported"]
+    assert unreported == ([] if soft or postmaster else [("a@x.test", "5.4.4")])
+
+
 @pytest.mark.parametrize("kind", Kinds)
 def test_a_report_that_fails_goes_to_the_postmaster_where_one_is_set(kind: str, log: Logged, tmp_path: Path) -> None:
     box, sender, post = Scripted(NEVER), Scripted(NEVER), Scripted(NEVER)
@@ -305,7 +349,7 @@ def test_a_report_shows_the_message_wherever_its_body_is(log: Logged, tmp_path: 
 
         spool.on_stored = forget
         await bench.keep("b@box.test", body=b"Subject: dropped\r\n\r\nx\r\n")
-        await asyncio.sleep(0.05)
+        await until(lambda: not spool._commit._busy)
         spool.on_stored = offer
         await bench.settle()
         shown = b"".join(body for batch in sender.batches for _, body in batch)
@@ -317,7 +361,7 @@ def test_a_report_shows_the_message_wherever_its_body_is(log: Logged, tmp_path: 
 
 
 class Spy:
-    """Notes in which order reports are kept and marks are made; refuses the first reports when told to."""
+    """Notes what is kept with which marks, and marks that are made alone; refuses the first reports when told to."""
 
     def __init__(self, bench: Bench, refuse: int = 0) -> None:
         self.steps: list[str] = []
@@ -326,7 +370,9 @@ class Spy:
         bench.tap.append = self.on_append
         bench.tap.finish = self.on_finish
 
-    def on_append(self, message: Message, draft: Draft, answer: Callable[[Stored | Refused], None]) -> None:
+    def on_append(
+        self, message: Message, draft: Draft, answer: Callable[[Stored | Refused], None], marks: Sequence[Mark]
+    ) -> None:
         if self.refuse and not message.envelope.reverse_path:
             self.refuse -= 1
             draft.abandon()
@@ -335,10 +381,10 @@ class Spy:
             return
 
         def on_answer(stored: Stored | Refused) -> None:
-            self.steps.append("kept" if stored is STORED else "not kept")
+            self.steps.append(f"kept with {len(marks)}" if stored is STORED else "not kept")
             answer(stored)
 
-        self.bench.spool.append(message, draft, on_answer)
+        self.bench.spool.append(message, draft, on_answer, marks)
 
     def on_finish(self, marks: Sequence[Mark]) -> None:
         self.steps += ["mark"] * len(marks)
@@ -347,7 +393,7 @@ class Spy:
 
 @pytest.mark.parametrize("kind", Kinds)
 @pytest.mark.parametrize(("notify", "answer"), [("", NEVER), ("SUCCESS", DELIVERED), ("DELAY", LATER)])
-def test_a_report_is_kept_before_the_mark_is_made(
+def test_a_report_is_kept_with_the_mark_that_it_tells_of(
     kind: str, notify: str, answer: Outcome, log: Logged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastsmtp.reporting.AGAIN_SECONDS", 0.01)
@@ -357,69 +403,214 @@ def test_a_report_is_kept_before_the_mark_is_made(
         spy = Spy(bench, refuse=2)
         await bench.keep("b@box.test", notify=notify)
         await bench.settle()
-        assert spy.steps == ["refused", "refused", "kept", "mark", "mark"]
+        assert spy.steps == ["refused", "refused", "kept with 1", "mark"], "the mark alone is the report's own"
         assert len(told(sender)) == 1
 
     play(kind, log[0], tmp_path, {"box": box, "x": sender}, test, schedule=TOLD._replace(delay_report=1e-9))
 
 
-@pytest.mark.parametrize("answer", [NEVER, DELIVERED])
-@pytest.mark.parametrize("point", ["before the report", "between report and mark"])
-def test_killed_at_any_point_the_sender_is_told_all_the_same(
-    point: str, answer: Outcome, log: Logged, tmp_path: Path
+@pytest.mark.parametrize("kind", Kinds)
+def test_the_recipients_of_a_report_end_with_it_whatever_becomes_of_the_others(
+    kind: str, log: Logged, tmp_path: Path
 ) -> None:
-    box, sender = Scripted(answer, answer), Scripted()
-
-    async def dies(bench: Bench) -> None:
-        def on_append(message: Message, draft: Draft, answer: Callable[[Stored | Refused], None]) -> None:
-            bench.tap.finish = lambda marks: None
-            if point == "before the report":
-                draft.abandon()
-                return
-            bench.spool.append(message, draft, answer)
-
-        await bench.keep("b@box.test", notify="SUCCESS,FAILURE")
-        bench.tap.append = on_append
-        for _ in range(40):
-            await asyncio.sleep(0.005)
-        bench.queue._tasks.clear()
-
-    play("disk", log[0], tmp_path, {"box": box, "x": sender}, dies)
-    before = len(sender.batches)
-
-    async def again(bench: Bench) -> None:
-        for _ in range(3):
-            await bench.pass_time(1)
-        assert bench.spool.backlog == 0
-
-    play("disk", log[0], tmp_path, {"box": box, "x": sender}, again)
-    action = "failed" if answer is NEVER else "delivered"
-    assert {(found, address) for found, address, _ in told(sender)} == {(action, "b@box.test")}
-    assert len(sender.batches) > before
-
-
-def test_a_report_that_cannot_be_written_gives_nobody_up(log: Logged, tmp_path: Path) -> None:
-    box = Scripted(NEVER)
+    """Of one message: failed, delivered and asked about, waiting, delivered while the reports are being kept."""
+    bad, told_of, late, good, sender = Scripted(NEVER), Scripted(PASSED_ON), Scripted(), Scripted(), Scripted()
+    late.always = LATER
 
     async def test(bench: Bench) -> None:
-        def fail() -> str:
-            raise RuntimeError("broken")
-
-        bench.tap.next_id = fail
-        await bench.keep("b@box.test")
+        await bench.keep("a@bad.test", "b@told.test", "c@late.test", "d@good.test", notify="SUCCESS,FAILURE")
         await bench.settle()
+        assert sorted(action for action, _, _ in told(sender)) == ["delivered", "failed", "relayed"]
         assert bench.spool.backlog == 1
+        late.always = None
+        await bench.pass_time(700)
+        assert bench.spool.backlog == 0
+        assert len(bad.tried) == len(told_of.tried) == len(good.tried) == 1
 
-    play("memory", log[0], tmp_path, {"box": box}, test)
-    assert [line["where"] for line in log[1]() if line["event"] == "bug"] == ["report"]
+    transports = {"bad": bad, "told": told_of, "late": late, "good": good, "x": sender}
+    play(kind, log[0], tmp_path, transports, test)
 
 
-def test_at_the_end_nobody_waits_for_a_spool_that_refuses(log: Logged, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize(
+    ("case", "notify", "answer"),
+    [("failed", "", NEVER), ("delivered", "SUCCESS", DELIVERED), ("delayed", "", LATER), ("expired", "", UNREACHED)],
+)
+def test_killed_behind_any_commit_the_sender_is_told_once(
+    case: str, notify: str, answer: Outcome, fails: bool, log: Logged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The spool is copied as it stands behind each commit, and every copy is served by another life. `fails`: the first
+    commit of a report does."""
+    monkeypatch.setattr("fastsmtp.reporting.AGAIN_SECONDS", 0.3)
+    copies: list[tuple[Path, bool]] = []  # with whether the report may have left
+    box, sender = Scripted(), Scripted()
+    box.always = answer
+    sender.gate = asyncio.Event()  # no report leaves in the first life
+    schedule = {
+        "delayed": TOLD._replace(delay_report=1e-9),
+        "expired": SCHEDULE._replace(lifetime=1e-9),
+    }.get(case, SCHEDULE)
+
+    async def first(bench: Bench) -> None:
+        assert isinstance(bench.spool, Spool)
+        store = bench.spool._store
+        commit, write = store.commit, store.write
+        failing = [fails]
+
+        def write_and_note(batch: Batch) -> None:
+            write(batch)
+            failing.append(any(failing) and bool(batch.messages) and bool(batch.done or batch.partly or batch.later))
+
+        def commit_and_copy() -> bool:
+            if failing[-1]:
+                failing.clear()
+                raise OSError(errno.EIO, "the disk")
+            grown = commit()
+            assert sender.gate is not None
+            copy = copytree(tmp_path / "spool-0", tmp_path / f"copy-{len(copies)}" / "spool-0").parent
+            copies.append((copy, sender.gate.is_set()))
+            return grown
+
+        store.write = write_and_note  # type: ignore[method-assign]
+        store.commit = commit_and_copy  # type: ignore[method-assign]
+        await bench.keep("b@box.test", "c@box.test", "d@stay.test", notify=notify)
+        await until(lambda: bool(sender.batches))
+        assert sender.gate is not None
+        sender.gate.set()
+        await bench.settle()
+
+    transports = {"box": box, "stay": Scripted(LATER, LATER), "x": sender}
+    play("disk", log[0], tmp_path, transports, first, schedule=schedule)
+    expected = sorted((case if case != "expired" else "failed", f"{name}@box.test") for name in "bc")
+    assert [left for _, left in copies].count(False) >= 2
+    first_sender = sender
+    for copy, left in copies:
+        sender = Scripted()
+
+        async def again(bench: Bench) -> None:
+            for _ in range(3):
+                await bench.pass_time(1)
+
+        play("disk", log[0], copy, {"box": box, "x": sender}, again, schedule=schedule)
+        found = sorted((action, address) for action, address, _ in told(sender) if address != "d@stay.test")
+        assert found == expected or (left and not found), f"{copy.name}: {found}"
+    assert len(first_sender.batches) == 1
+
+
+@pytest.mark.parametrize("durable", [False, True])
+def test_a_report_whose_commit_failed_is_there_with_its_marks_or_not_at_all(
+    durable: bool, log: Logged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A COMMIT that fails may have reached the disk, or not: the senders of what came with it hear "no" either way."""
+    monkeypatch.setattr("fastsmtp.reporting.AGAIN_SECONDS", 0.01)
+    box, sender = Scripted(NEVER), Scripted()
+
     async def test(bench: Bench) -> None:
-        Spy(bench, refuse=1 << 30)
-        await bench.keep("b@box.test")
-        await asyncio.sleep(0.05)
-        await asyncio.wait_for(bench.queue.close(), 5)
-        assert bench.spool.backlog == 1
+        assert isinstance(bench.spool, Spool)
+        store = bench.spool._store
+        commit, write = store.commit, store.write
+        failed: list[bool] = []
 
-    play("memory", log[0], tmp_path, {"box": Scripted(NEVER)}, test)
+        def write_and_note(batch: Batch) -> None:
+            write(batch)
+            store.commit = fails if batch.messages and batch.done and not failed else commit  # type: ignore[method-assign]
+
+        def fails() -> bool:
+            failed.append(True)
+            if durable:
+                commit()
+            raise OSError(errno.EIO, "the disk")
+
+        store.write = write_and_note  # type: ignore[method-assign]
+        sender.gate = asyncio.Event()
+        await bench.keep("b@box.test")
+        await until(lambda: bool(sender.batches))
+        copytree(tmp_path / "spool-0", tmp_path / "copy" / "spool-0")
+        sender.gate.set()
+        await bench.settle()
+        assert failed
+        assert told(sender) == [("failed", "b@box.test", "5.1.1")]
+        assert bench.spool.backlog == 0
+        assert not bench.spool._scan.held
+        assert bench.spool._room.jobs == 0
+
+    async def afterwards(bench: Bench) -> None:
+        assert bench.spool.backlog == 0
+        await bench.pass_time(1)
+
+    play("disk", log[0], tmp_path, {"box": box, "x": sender}, test)
+    play("disk", log[0], tmp_path, {"box": box, "x": sender}, afterwards)
+    assert box.tried == ["b@box.test"]
+    assert len(told(sender)) == 1
+    play("disk", log[0], tmp_path / "copy", {"x": sender}, lambda bench: bench.pass_time(1))
+    assert len(told(sender)) == 2, "killed before it left"
+
+
+def test_what_is_delivered_while_a_report_is_committed_ends_the_message_too(log: Logged, tmp_path: Path) -> None:
+    passed, good, sender = Scripted(PASSED_ON), Scripted(REPORTED_THERE), Scripted()
+    good.gate = asyncio.Event()
+    marked = threading.Event()
+
+    async def test(bench: Bench) -> None:
+        assert isinstance(bench.spool, Spool)
+        store = bench.spool._store
+        commit, write = store.commit, store.write
+        loop = asyncio.get_running_loop()
+
+        def write_and_note(batch: Batch) -> None:
+            write(batch)
+            if batch.messages and batch.partly:
+                store.commit = commit_late  # type: ignore[method-assign]
+
+        def commit_late() -> bool:
+            store.commit = commit  # type: ignore[method-assign]
+            assert good.gate is not None
+            loop.call_soon_threadsafe(good.gate.set)
+            assert marked.wait(20)
+            return commit()
+
+        def finish(marks: Sequence[Mark]) -> None:
+            bench.spool.finish(marks)
+            if any(mark.number == 1 for mark in marks):
+                marked.set()
+
+        store.write = write_and_note  # type: ignore[method-assign]
+        bench.tap.finish = finish
+        await bench.keep("b@passed.test", "c@good.test", notify="SUCCESS")
+        await bench.settle()
+        assert marked.is_set()
+        assert bench.spool.backlog == 0
+        assert not bench.spool._scan.held
+        assert store._number("SELECT count(*) FROM message") == 0
+
+    play("disk", log[0], tmp_path, {"passed": passed, "good": good, "x": sender}, test)
+
+
+def test_what_is_deleted_or_set_aside_while_it_is_told_of_leaves_nothing_behind(log: Logged, tmp_path: Path) -> None:
+    box, sender = Scripted(), Scripted()
+    box.always = NEVER
+
+    async def test(bench: Bench) -> None:
+        assert isinstance(bench.spool, Spool)
+        spool = bench.spool
+        append = spool.append
+
+        def disturb(message: Message, *rest: Any) -> None:
+            for key in list(spool._scan.held):
+                if "deleted" in subjects[key]:
+                    spool.administration.doomed[key] = {0}
+                else:
+                    spool._set_aside(key, "a test")
+            append(message, *rest)
+
+        subjects: dict[int, str] = {}
+        bench.tap.append = disturb
+        for word in ("deleted", "aside"):
+            message_id = await bench.keep("b@box.test", body=b"Subject: %s\r\n\r\n" % word.encode())
+            subjects[key_of(message_id)] = word
+            await bench.settle()
+        assert spool.administration.doomed == {}
+        assert (spool.backlog, spool.broken) == (0, 1)
+        assert len(told(sender)) == 2
+
+    play("disk", log[0], tmp_path, {"box": box, "x": sender}, test)

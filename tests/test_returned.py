@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from fastsmtp.address import Address
 from fastsmtp.message import Content, Envelope, Message
-from fastsmtp.returned import quoted_printable, return_header, return_whole
+from fastsmtp.returned import return_header, return_whole
+from fastsmtp.rewrite import quoted_printable
 
 PREFIX = b"Received: from a.test ([192.0.2.1])\r\n\tby mx.test with ESMTP id x; Mon, 1 Jan 2024 00:00:00 +0000\r\n"
 LIMIT = 16 << 10

@@ -16,7 +16,7 @@ import pytest
 from needs import needs_root
 from servers import ROOT, Mail, Server, mailbox, running, toml
 
-from fastsmtp.sendmail import Order, RefusedError, parse_arguments, prepare, run, split_header
+from fastsmtp.sendmail import Order, RefusedError, parse_arguments, prepare, run
 
 HOST = "mx.here.test"
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -168,6 +168,7 @@ def test_the_queue_is_shown(server: Server) -> None:
         (["a..b@here.test"], b"x\n", os.EX_DATAERR, "is no address"),
         (["-f", "a b@c d", "ann@here.test"], b"x\n", os.EX_DATAERR, "is no address"),
         (["ann@here.test\r\nRCPT TO:<x@y.test>"], b"x\n", os.EX_DATAERR, "is no address"),
+        (["-t"], b"To: " + b"(" * 5_000 + b"\n\nx\n", os.EX_DATAERR, "comments in comments"),
         (["ann@here.test", "zed@here.test"], b"x\n", os.EX_NOUSER, "<zed@here.test>: 550 "),
         (["ann@elsewhere.test"], b"x\n", os.EX_UNAVAILABLE, "<ann@elsewhere.test>: 550 "),
         (["ann@here.test"], b"x\n" * 600_000, os.EX_UNAVAILABLE, "larger than"),
@@ -224,13 +225,37 @@ def test_the_data_directory_says_who_may_send() -> None:
         folder = Path(name)
         folder.chmod(0o755)
         with running(folder, toml(folder)) as server:
-            done = call(server, ["-i", "ann@here.test"], b"x\n", program)
-            assert done.returncode == os.EX_TEMPFAIL
-            assert b"Permission denied" in done.stderr
-            (folder / "data").chmod(0o711)
             (mail,) = sent_as(server, program)
             assert mail.sender == f"nobody@{HOST}"
             assert b"(local, uid %d)" % pwd.getpwnam("nobody").pw_uid in mail.received
+            open_to_all = [path.name for path in (folder / "data").iterdir() if path.stat().st_mode & 0o077]
+            assert open_to_all == ["submit"]
+            (folder / "data").chmod(0o700)
+            done = call(server, ["-i", "ann@here.test"], b"x\n", program)
+            assert done.returncode == os.EX_TEMPFAIL
+            assert b"Permission denied" in done.stderr
+
+
+def test_arguments_that_are_not_utf8(server: Server) -> None:
+    (mail,) = sent(server, ["-F", "J\udcf6rg", "ann@here.test"], b"Subject: odd\n\nx\n", "ann@here.test")
+    assert b"From: =?utf-8?" in mail.body
+    done = call(server, ["-V", "\udcff1", "ann@here.test"], b"x\n")
+    assert done.returncode == os.EX_DATAERR
+    assert done.stderr.startswith(b"sendmail: 501 ")
+
+
+def test_more_recipients_than_others_may_have(server: Server) -> None:
+    """In one message, for it goes to all of them or to nobody."""
+    header = "To: " + ",\n ".join(f"crowd{number}" for number in range(1_200)) + "\n\nx\n"
+    done = call(server, ["-t"], header.encode())
+    assert (done.returncode, done.stderr) == (0, b"")
+    crowd = server.mail / HOST
+    server.wait(lambda: len(list(crowd.glob("crowd*/new/*"))) == 1_200, "mail for all of them")
+    before = len(server.events("accepted"))
+    done = call(server, [f"too-many{number}@here.test" for number in range(10_001)], b"x\n")
+    assert done.returncode == os.EX_UNAVAILABLE
+    assert b"more than 10000 recipients" in done.stderr
+    assert len(server.events("accepted")) == before
 
 
 def sent_as(server: Server, program: list[str]) -> list[Mail]:
@@ -281,17 +306,20 @@ def test_without_t_the_header_is_not_asked_and_bcc_still_goes() -> None:
     [
         (b"", [], b""),
         (b"\r\n", [], b""),
-        (b"A: 1\r\nb: 2\r\n 3\r\n\r\nx\r\n\r\ny", ["a", "b"], b"x\r\n\r\ny"),
-        (b"From me Mon Jan 1\r\nA: 1\r\n\r\nx", ["a"], b"x"),
-        (b"A: 1\r\nno field\r\n\r\nx", ["a"], b"no field\r\n\r\nx"),
+        (b"A: 1\r\nb: 2\r\n 3\r\n\r\nx\r\n\r\ny", ["A", "b"], b"x\r\n\r\ny"),
+        (b"From me Mon Jan 1\r\nA: 1\r\n\r\nx", ["A"], b"x"),
+        (b"A: 1\r\nno field\r\n\r\nx", ["A"], b"no field\r\n\r\nx"),
         (b"hello\r\n", [], b"hello\r\n"),
         (b" indented\r\n", [], b" indented\r\n"),
-        (b"A: 1", ["a"], b""),
+        (b"A: 1", ["A"], b""),
     ],
 )
 def test_a_header_ends_where_it_does(text: bytes, names: list[str], body: bytes) -> None:
-    fields, rest = split_header(text if not text or text.endswith(b"\n") else text + b"\r\n")
-    assert [name for name, _ in fields] == names
+    _, _, octets = prepared(text, "c@x.test")
+    header, _, rest = octets.partition(b"\r\n\r\n")
+    added = [b"Message-ID", b"Date", b"From"]
+    found = [line.partition(b":")[0] for line in header.split(b"\r\n") if line[:1] != b" "]
+    assert found == [*added, *[name.encode() for name in names]]
     assert rest.removesuffix(b"\r\n") == body.removesuffix(b"\r\n")
 
 

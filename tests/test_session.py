@@ -14,6 +14,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from users import Users, b64, plain
 from wire import ARRIVED, HOSTNAME, R554, bench
 
 from fastsmtp._parser import Body, BodyEnd, FrameError, Line, Parser
@@ -21,7 +22,8 @@ from fastsmtp.address import parse_address
 from fastsmtp.commands import BARRIERS
 from fastsmtp.message import Message
 from fastsmtp.reply import R451_LOCAL_ERROR, R452_NO_ROOM, R550_UNKNOWN_MAILBOX, Reply, Then
-from fastsmtp.session import Answer, Chunk, Session, Terms
+from fastsmtp.session import Answer, Chunk, Session
+from fastsmtp.terms import Terms
 from fastsmtp.verdict import STORED, Ask, Client, Refused, Stage, Store, Stored, Verdict
 
 SIZE = 1000
@@ -37,6 +39,7 @@ class Desk:
     def __init__(self, role: str, asks: frozenset[Stage] = frozenset(), **terms: Any) -> None:
         self.full = False
         self.verdict = ACCEPTED
+        self.users = Users()
         self.result: Stored | Refused = STORED
         self.stores: list[Store] = []
         self.number = 0
@@ -68,7 +71,7 @@ class Desk:
             self.parser.bdat(answer.size, answer.last, SIZE if answer.keep else 0, answer.first)
             return self.end_of_text()
         assert isinstance(answer, Reply)
-        if answer.then is Then.CONTINUE:
+        if answer.then in (Then.CONTINUE, Then.USER):
             self.parser.command()
         return answer
 
@@ -92,7 +95,25 @@ class Desk:
         return answer
 
     def decide(self, answer: Answer) -> Answer:
-        return self.session.resume(self.verdict) if isinstance(answer, Ask) else answer
+        while isinstance(answer, Ask):
+            verdict = self.users(answer) if answer.stage is Stage.AUTH else self.verdict
+            assert isinstance(verdict, Verdict)
+            answer = self.session.resume(verdict)
+        return answer
+
+    def respond(self, *lines: str) -> Reply:
+        """Sends the lines of an AUTH exchange; the reply to the last."""
+        reply = None
+        for line in lines:
+            self.parser.line()
+            self.parser.feed(line.encode() + b"\r\n")
+            event = self.parser.next()
+            assert isinstance(event, Line)
+            reply = self.decide(self.session.receive(event))
+        assert isinstance(reply, Reply)
+        if reply.then is not Then.LINE:
+            self.parser.command()
+        return reply
 
 
 REFUSAL = Verdict("refused", R554)
@@ -124,13 +145,37 @@ BAD_LINES = {
     b"WHAT": 500,
     b"": 500,
     b"TURN": 502,
-    b"AUTH PLAIN": 502,
     b"RSET x": 501,
     b"DATA x": 501,
     b"VRFY": 501,
     b"NOOP " + b"x" * 3000: 500,
     b"DATA " + b"x" * 3000: 500,
     b"STARTTLS x": 501,
+}
+MOST = 12_288 - 2  # octets of a line in an exchange, without CRLF
+# Responses of PLAIN, and how AUTH ends by them; the same by LOGIN, where that takes two.
+RESPONSES = {
+    plain("ann", "secret"): 235,
+    plain("ANN", "secret"): 235,
+    plain("ann", "wrong"): 535,
+    plain("eve", "secret"): 535,
+    plain("ann", "x" * 9000): 535,
+    "AA==": 501,
+    "*": 501,
+    "A": 501,
+    "A" * (MOST + 1): 500,
+}
+GUESSES = {response for response, code in RESPONSES.items() if code == 535 or response == "AA=="}
+LOGINS = {
+    plain("ann", "secret"): ["YW5u", b64("secret")],
+    plain("ANN", "secret"): ["QU5O", b64("secret")],
+    plain("ann", "wrong"): ["YW5u", b64("wrong")],
+    plain("eve", "secret"): ["ZXZl", b64("secret")],
+    plain("ann", "x" * 9000): ["YW5u", b64("x" * 9000)],
+    "AA==": ["AA==", b64("secret")],
+    "*": ["YW5u", "*"],
+    "A": ["A"],
+    "A" * (MOST + 1): ["A" * (MOST + 1)],
 }
 SEEN_AT_A = b"Delivered-To: a@b.test\r\n"
 BODIES = {
@@ -147,13 +192,17 @@ class Machine(RuleBasedStateMachine):
     """Any sequence of commands."""
 
     role = "mx"
+    users = False
 
     def __init__(self) -> None:
         super().__init__()
         self.connect()
 
     def connect(self) -> None:
-        self.desk = Desk(self.role, frozenset({Stage.HELO, Stage.MAIL, Stage.RCPT}))
+        mechanisms = frozenset(("PLAIN", "LOGIN")) if self.users else frozenset()
+        self.desk = Desk(
+            self.role, frozenset({Stage.HELO, Stage.MAIL, Stage.RCPT}), mechanisms=mechanisms, auth_clear=True
+        )
         self.lmtp = self.role == "lmtp"
         # The model
         self.open = True
@@ -167,6 +216,8 @@ class Machine(RuleBasedStateMachine):
         self.useless = 0
         self.messages = 0
         self.stores = 0
+        self.user = ""
+        self.guesses = 0
 
     # How replies are held against the model
 
@@ -366,6 +417,48 @@ class Machine(RuleBasedStateMachine):
         assert not self.expect(self.desk.say(line), BAD_LINES[line])
 
     @precondition(lambda self: self.open)
+    @rule(
+        response=st.sampled_from(list(RESPONSES)), mechanism=st.sampled_from(["PLAIN", "LOGIN"]), at_once=st.booleans()
+    )
+    def auth(self, response: str, mechanism: str, at_once: bool) -> None:
+        if mechanism == "LOGIN":
+            at_once = False
+        reply = self.desk.say(f"AUTH {mechanism}{' ' + response if at_once else ''}".encode())
+        if at_once and len(response) > MOST:
+            assert not self.expect(reply, 500)
+            return
+        if self.counted_out(reply):
+            return
+        if not self.users:
+            assert not self.expect(reply, 502)
+            return
+        if not self.hello or self.user or self.sender is not None:
+            assert not self.expect(reply, 503)
+            return
+        if not at_once:
+            assert self.expect(reply, 334)
+            assert self.desk.session.exchange is not None
+            reply = self.desk.respond(*(LOGINS[response] if mechanism == "LOGIN" else [response]))
+        if response in GUESSES:
+            self.guesses += 1
+            if self.guesses >= 3:
+                self.open = False
+                assert reply.code == 421
+                return
+        if self.expect(reply, RESPONSES[response]):
+            self.user = "ann"
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def tls_begins(self) -> None:
+        """What the connection does behind 220 (RFC 3207 4.2)."""
+        session = self.desk.session
+        session.client.user = ""
+        self.desk.session = Session(self.desk.terms, session.client, before=session)
+        self.hello = self.user = ""
+        self.reset()
+
+    @precondition(lambda self: self.open)
     @rule(line=st.sampled_from([b"BDAT x", b"BDAT", b"BDAT 1 2", b"BDAT 2001", b"QUIT", b"GET / HTTP/1.1"]))
     def closing(self, line: bytes) -> None:
         reply = self.desk.say(line)
@@ -390,6 +483,9 @@ class Machine(RuleBasedStateMachine):
         assert bool(session.from_part) == bool(self.hello)
         assert session.esmtp == (self.hello == "esmtp")
         assert session.asked is None
+        assert session.exchange is None
+        assert session.client.user == self.user
+        assert session.guesses == self.guesses
         transaction = session.transaction
         assert (transaction is None) == (self.sender is None)
         if transaction is not None:
@@ -405,7 +501,11 @@ class LmtpMachine(Machine):
     role = "lmtp"
 
 
-@pytest.mark.parametrize("machine", [Machine, LmtpMachine])
+class UserMachine(Machine):
+    users = True
+
+
+@pytest.mark.parametrize("machine", [Machine, LmtpMachine, UserMachine])
 def test_any_sequence_of_commands(machine: type[Machine]) -> None:
     run_state_machine_as_test(machine, settings=settings(max_examples=120, stateful_step_count=40, deadline=None))
 

@@ -34,14 +34,15 @@ from sending import (
 )
 
 from fastsmtp import log as logs
+from fastsmtp.address import NULL
 from fastsmtp.delivery import Delivery, Outcome, Result
 from fastsmtp.delivery.client_tls import SESSIONS, Manner, Sessions, Tls
-from fastsmtp.delivery.failures import PATIENCE, Stage
+from fastsmtp.delivery.failures import PATIENCE, Answer, Stage, failure
 from fastsmtp.delivery.hosts import NULL_MX, Finder
 from fastsmtp.delivery.link import Link
 from fastsmtp.delivery.login import Credentials
 from fastsmtp.delivery.pool import Limits
-from fastsmtp.delivery.smtp import ByMx, Smtp, ToHost, patience_within
+from fastsmtp.delivery.smtp import Attempt, ByMx, Smtp, ToHost, patience_within
 from fastsmtp.dns import Resolver
 from fastsmtp.nameservers import NameServers
 from loadtest.sink_plan import parse_answer, parse_fault
@@ -600,6 +601,75 @@ def test_a_sender_that_requires_tls(certificate: Path) -> None:
         assert told(results) == [["failed 5.7.30 message next-host"], [DELIVERED]]
 
     run(main)
+
+
+@pytest.mark.parametrize("mode", ["required", "verified"])
+@pytest.mark.parametrize(("offered", "secured"), [("off", "ESMTP"), ("starttls", "ESMTPS")])
+def test_a_sender_that_waives_tls(mode: Any, offered: str, secured: str, certificate: Path, tmp_path: Path) -> None:
+    """Its mail leaves all the same, over TLS where there is any; that of others waits, and uses no link of it."""
+
+    async def main() -> None:
+        settings = Settings(tls=offered, certificate=certificate, record=tmp_path / "record")
+        async with Sink(settings) as sink:
+            # Whatever the certificate says, it is not this name.
+            async with sending(Fixed(sink.port, ("wrong.test", "127.0.0.1")), tls=Tls(mode)) as transport:
+                assert transport.demands_tls
+                for _ in range(2):
+                    deliveries = [to("ann"), to("bob"), to("carl")]
+                    deliveries[1].message.envelope.waives_tls = True
+                    results = told(await transport.deliver(deliveries))
+                    assert results[1] == [DELIVERED]
+                    strict = [[DELIVERED]] * 2 if (mode, offered) == ("required", "starttls") else [results[0]] * 2
+                    assert [results[0], results[2]] == strict
+                    assert (results[0] == [DELIVERED]) is ((mode, offered) == ("required", "starttls"))
+            await ended(sink)
+            taken = {(record["recipients"][0]["address"], record["protocol"]) for record in sink.records()}
+            assert ("bob@there.test", secured) in taken
+            assert all(protocol == "ESMTPS" for name, protocol in taken if name != "bob@there.test")
+
+    run(main)
+
+
+def test_a_host_that_is_configured_is_spoken_to_as_configured_whatever_a_sender_waives() -> None:
+    async def main() -> None:
+        async with Sink(Settings(tls="off")) as sink:
+            way = Fixed(sink.port, "127.0.0.1")
+            way.by_domain = False
+            async with sending(way, tls=Tls("verified")) as transport:
+                delivery = to("ann")
+                delivery.message.envelope.waives_tls = True
+                assert not transport.demands_tls
+                assert told(await transport.deliver([delivery])) == [[NO_TLS]]
+                assert sink.counts.messages == 0
+
+    run(main)
+
+
+def test_a_report_of_what_requires_tls_rather_leaves_without() -> None:
+    """RFC 8689 5: only for mail without a sender."""
+
+    async def main() -> None:
+        async with Sink() as sink, sending(Fixed(sink.port, "127.0.0.1")) as transport:
+            deliveries = [to("ann"), to("bob")]
+            for delivery in deliveries:
+                delivery.message.envelope.require_tls = True
+            deliveries[0].message.envelope.reverse_path = NULL
+            results = await transport.deliver(deliveries)
+        assert told(results) == [[DELIVERED], ["failed 5.7.30 message next-host"]]
+
+    run(main)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_what_becomes_of_the_rest_when_a_connection_breaks(kept: bool) -> None:
+    """The end of one that earlier mail has left says little of its host."""
+    attempt = Attempt([to("ann"), to("bob")])
+    gone = failure(Stage.DATA, Answer.HANG_UP, "mx.test")
+    attempt.take([[gone]], gone, opened=True, kept=kept)
+    open_here = [str(each.delivery.recipients[0].address) for each in attempt.same]
+    open_there = [str(each.delivery.recipients[0].address) for each in attempt.following]
+    assert open_here == (["bob@there.test"] if kept else [])
+    assert open_there == (["ann@there.test"] if kept else ["ann@there.test", "bob@there.test"])
 
 
 def test_who_cannot_take_it_does_not_speak_for_who_was_not_there() -> None:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from users import MECHANISMS, Users
+
 from fastsmtp._shared import Shared
 from fastsmtp.address import parse_address
 from fastsmtp.connection import Connection
@@ -32,7 +34,7 @@ from fastsmtp.policy.recipients import Recipients
 from fastsmtp.policy.relay import Relay
 from fastsmtp.reply import R421_NOT_TAKING_MAIL, R452_NO_ROOM, Reply
 from fastsmtp.service import Service, Times
-from fastsmtp.session import Terms
+from fastsmtp.terms import Terms
 from fastsmtp.verdict import STORED, NextHop, Refused, Stored
 
 HOSTNAME = "mx.here.test"
@@ -329,18 +331,22 @@ def make_service(
     trusts: Callable[[str], bool] | None = None,
     fetches: Callable[[str], bool] | None = None,
     next_hop: NextHop | None = None,
+    users: Users | None = None,
     **terms: Any,
 ) -> Bench:
     """`terms` are further arguments of Terms; `checks` come before the one of recipients. `next_hop`: what the host
-    behind hop.test takes. `trusts`: who may relay, `fetches`: for whom mail waits, by address."""
+    behind hop.test takes. `trusts`: who may relay, `fetches`: for whom mail waits, by address. `users`: who can
+    authenticate, by any mechanism."""
     log_fd = os.memfd_create("log")
     log = Log(log_fd, human=False, clock=time.time, threaded=False)
     keeper = keeper or RecordingKeeper()
     kept: Keeper = keeper
     rows = [*DOMAINS, Domain("hop.test", "boxes", hop=lambda: next_hop)]
     domains = Domains(rows, HOSTNAME, parse_address(postmaster) if postmaster else None)
-    relay = [Relay(domains, lambda address: ("net", address))] if trusts is not None else []
-    policy = Policy([*checks, *relay, Recipients(domains)], log, patience)
+    relays = trusts is not None or users is not None
+    relay = [Relay(domains, lambda address: ("net", address))] if relays else []
+    known = [users] if users is not None else []
+    policy = Policy([*checks, *known, *relay, Recipients(domains)], log, patience)
 
     def room(size: int) -> Reply | None:
         if keeper.room(size):
@@ -358,6 +364,7 @@ def make_service(
             asks=policy.stages,
             any_octets=any_octets,
             tls=terms.pop("tls", context is not None),
+            mechanisms=terms.pop("mechanisms", MECHANISMS if users is not None else frozenset()),
             bare_data=bare != "reject",
             **terms,
         ),

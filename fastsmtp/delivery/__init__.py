@@ -83,15 +83,21 @@ DELIVERED = Outcome(Result.DELIVERED, "2.0.0", "delivered")
 class Delivery:
     """One message for some of its recipients, all by one transport.
 
-    `numbers` are the recipients' places in the envelope: a retry of the same recipient has the same number.
+    `numbers` are the recipients' places in the envelope: a retry of the same recipient has the same number. `sender`:
+    the owner of the list that all of them come by. `probe`: only whether the next host would take the recipients is
+    asked; "delivered" says yes then.
     """
 
-    __slots__ = ("message", "numbers", "recipients")
+    __slots__ = ("message", "numbers", "probe", "recipients", "sender")
 
-    def __init__(self, message: Message, recipients: Sequence[Recipient], numbers: Sequence[int]) -> None:
+    def __init__(
+        self, message: Message, recipients: Sequence[Recipient], numbers: Sequence[int], probe: bool = False
+    ) -> None:
         self.message = message
         self.recipients = recipients
         self.numbers = numbers
+        self.probe = probe
+        self.sender = recipients[0].sender if recipients else None
 
 
 class Transport(Protocol):

@@ -3,8 +3,9 @@
 A Dialogue is the life of one connection: greeting, EHLO or LHLO, TLS, login, deliveries, each in one transaction or
 more. It never waits and knows no socket. Each call returns a Step: what the transport is to do once it has written
 `take_output()`. Every recipient of a delivery gets one Outcome.
-Nothing that had come before a command was sent is taken for its reply: not behind STARTTLS's 220, not behind 354; a
-host that says more than it was asked ends its session. Credentials are given to a trusted channel only.
+Nothing that had come before a command was sent is taken for its reply: not behind STARTTLS's 220, not behind 354, not
+before the end of a message has left; a host that says more than it was asked ends its session, and what it said in the
+same breath counts only where every order of its replies means the same. Credentials are given to a trusted channel.
 Not here: what a failure means (failures.py), what a host can take (offers.py), one mail (transaction.py), clocks and
 retries (the transport). RFC 5321 3.1, 4.1.1.1, 4.5.3.2; RFC 2033; RFC 3207; RFC 4954; RFC 8689; RFC 9422.
 """
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import TypeAlias
 
-from . import Delivery, Outcome
+from . import Delivery, Outcome, Result
 from .body import BodyError, OutgoingBody
 from .failures import Answer, Finding, Stage, classify, failure, finding
 from .login import LoginError, Mechanism, choose, decode
@@ -38,6 +39,10 @@ class Step(Enum):
 # Names of this module: looking up an Enum's member costs 0.05 µs each time on Python 3.11.
 WAIT, TLS, BODY, READY, CLOSE = Step.WAIT, Step.TLS, Step.BODY, Step.READY, Step.CLOSE
 GARBAGE, CLOSING = Answer.GARBAGE, Answer.CLOSING
+END, LMTP_END = Stage.END, Stage.LMTP_END
+DELIVERED = Result.DELIVERED
+
+EXCESS = "it says more than it was asked"
 
 
 class _Work:
@@ -73,6 +78,9 @@ class Dialogue:
         self._wire.awaited.append(Stage.GREETING)
         self._step = WAIT
         self._answered: Stage | None = None  # by the last reply of the read that is being looked at
+        # By that read: a delivery, places in it, and whether its recipients were answered with the message
+        self._decided: tuple[_Work, list[int], bool] | None = None
+        self._early = False  # that read came before the end of the message had left
         self._ready = False  # greeted, and logged in where that is wanted
         self._handshaking = False
         self._plain_hello = False  # EHLO was refused, HELO is tried
@@ -136,12 +144,14 @@ class Dialogue:
             self._start(self._work)
         return self._step
 
-    def feed(self, data: bytes) -> Step:
-        """Takes what the host has sent."""
+    def feed(self, data: bytes, early: bool = False) -> Step:
+        """Takes what the host has sent. `early`: octets of a message have not left yet, which were written."""
         if self.closed:
             return CLOSE
         self._step = WAIT
         self._answered = None
+        self._decided = None
+        self._early = early
         wire = self._wire
         awaited = wire.awaited
         transaction = self._transaction
@@ -149,10 +159,11 @@ class Dialogue:
             count = len(awaited)
             if transaction.take_all(data):
                 self.progress += count
-                self._finish(transaction)
+                if transaction.finished:
+                    self._finish(transaction)
                 return self._step
         replies = self._replies.feed(data)
-        wire.allowed = len(awaited)
+        wire.allowed = len(awaited) - (awaited.count(END) + awaited.count(LMTP_END) if early else 0)
         for reply in replies:
             if not wire.allowed:
                 self._unasked(reply)
@@ -298,7 +309,10 @@ class Dialogue:
         delivery, offers = work.delivery, self.offers
         why = check_message(delivery.message, offers, self.terms)
         if work.require_tls and not (self.secure and self.trusted and offers.require_tls):
-            why = Finding.REQUIRETLS
+            if delivery.message.envelope.reverse_path:
+                why = Finding.REQUIRETLS
+            else:  # RFC 8689 5: a report rather leaves without than not at all
+                work.require_tls = False
         for place, recipient in enumerate(delivery.recipients):
             found = why or check_recipient(recipient, offers)
             if found is None:
@@ -320,7 +334,7 @@ class Dialogue:
         self._transactions += 1
         recipients = [delivery.recipients[place] for place in work.current]
         try:
-            transaction.begin(recipients, reset=self._dirty, require_tls=work.require_tls)
+            transaction.begin(recipients, reset=self._dirty, require_tls=work.require_tls, probe=delivery.probe)
         except BodyError as error:
             self.body_failed(error.text)
 
@@ -365,6 +379,7 @@ class Dialogue:
         for place, outcome in zip(work.current, transaction.outcomes, strict=True):
             if outcome is not None:
                 work.outcomes[place] = outcome
+        self._decided = (work, work.current, transaction.whole)
 
     def _complete(self, work: _Work) -> None:
         self.outcomes = [outcome for outcome in work.outcomes if outcome is not None]
@@ -403,16 +418,37 @@ class Dialogue:
         """A reply to nothing, or None: half of one. While a message is being sent it may be the host's last word on it.
         What was to be said in answer to the reply before it has not been, so it is that one's stage that failed."""
         answer = classify(reply) if reply is not None else GARBAGE
-        if self.body is not None and answer is not GARBAGE:
+        if (self.body is not None or self._early) and answer is not GARBAGE:
             self._end(Stage.BODY, answer, reply)
             return
+        if (code := self._replies.begun if reply is None else str(reply.code)) not in ("", "421"):
+            self._doubt(code)
         why = ""
         if answer is not CLOSING:
-            answer, reply, why = GARBAGE, None, "it says more than it was asked"
+            answer, reply, why = GARBAGE, None, EXCESS
         if self._answered is None or self.idle:
             self._end_here(answer, reply, why)
         else:
             self._end(self._answered, answer, reply, why)
+
+    def _doubt(self, code: str) -> None:
+        """There was a reply too many, and it may have been any of them: a "no" that came last was perhaps the answer to
+        the message, and one before it another recipient's. Only where all of them said yes did this one too."""
+        if self._transaction is not None and self.offers.pipelining:
+            self._transaction.outcomes = [None] * len(self._transaction.outcomes)
+        if self._decided is None:
+            return
+        work, places, whole = self._decided
+        found = [work.outcomes[place] for place in places]
+        only_end = not whole and self._answered in (END, LMTP_END)  # the recipients were answered before 354
+        if code < "3" and (only_end or all(each and each.result is DELIVERED for each in found)):
+            return
+        doubtful = failure(Stage.END, GARBAGE, self.host, None, EXCESS)
+        for place, outcome in zip(places, found, strict=True):
+            if not only_end or (outcome and outcome.result is DELIVERED):
+                work.outcomes[place] = doubtful
+        if self._work is None:
+            self._complete(work)
 
     # How a session ends
 

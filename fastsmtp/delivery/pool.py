@@ -77,7 +77,7 @@ class Pool:
         self._source = {address.version: (str(address), 0) for address in source}
         self._links: dict[Link, tuple[Hop, float]] = {}  # with when it was made
         self._hops: dict[tuple[str, IPAddress | str, int, Manner], Hop] = {}
-        self._near: dict[str, tuple[Hop, float]] = {}
+        self._near: dict[tuple[str, Manner], tuple[Hop, float]] = {}
         self._idle = 0
         self._timer: asyncio.TimerHandle | None = None
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
@@ -103,13 +103,13 @@ class Pool:
         """That mail for the destination goes to this hop, for now."""
         if len(self._near) >= MANY:
             self._near.clear()
-        self._near[destination] = (hop, self.now() + self.limits.near)
+        self._near[destination, hop.manner] = (hop, self.now() + self.limits.near)
 
     # Links
 
-    def near(self, destination: str) -> Link | None:
+    def near(self, destination: str, manner: Manner) -> Link | None:
         """An idle link to where the last mail for the destination went."""
-        near = self._near.get(destination)
+        near = self._near.get((destination, manner))
         if near is None or not near[0].idle or near[1] < self.now():
             return None
         return self.take(near[0])

@@ -64,6 +64,11 @@ class ReplyParser:
         """Whether a reply has begun and is not whole."""
         return bool(self._partial or self._lines)
 
+    @property
+    def begun(self) -> str:
+        """The code of a reply that is not whole, or what has come of it; empty: there is none."""
+        return str(self._code) if self._lines else self._partial[:3].decode("latin-1")
+
     def feed(self, data: bytes) -> list[Reply]:
         """The replies that are whole now."""
         replies: list[Reply] = []

@@ -145,6 +145,14 @@ class Runner:
         """In a worker: the other end is not its own. Held there, nobody would see that the runner is gone."""
         self._end.close()
 
+    def retire(self) -> None:
+        """Another one has its place: it ends when no worker asks it any more."""
+        self.asks.close()
+        self._end.close()
+
+    def has_ended(self) -> bool:
+        return self._process is None or self._process.poll() is not None
+
     def close(self) -> None:
         """Ends it. Commands of workers that are gone are killed."""
         self.asks.close()

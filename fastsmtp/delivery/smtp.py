@@ -5,9 +5,11 @@ Outcome for each recipient. What a host does not decide goes on: over another co
 `retry` says so, else to the next host, five addresses at most; what is still open then is deferred with what was
 heard. Each connection decides something, or its host is left; so an attempt ends.
 A hop that failed is tried last for a while; one whose TLS failed, where TLS is only opportunistic, is spoken to in
-clear, at once and for a while.
+clear, at once and for a while. Mail whose sender waives TLS goes by the side, over links of its own, as if TLS were
+opportunistic with the hosts of others; a host that the configuration names, and what is told to it, are never for a
+sender to decide about.
 Not here: when to try again (the queue), which hosts a domain has (hosts.py), what failures mean (failures.py),
-connections (pool.py, link.py). RFC 5321 5.1, RFC 2033, RFC 3207, RFC 7435.
+connections (pool.py, link.py). RFC 5321 5.1, RFC 2033, RFC 3207, RFC 7435, RFC 8689 5.
 """
 
 from __future__ import annotations
@@ -89,7 +91,11 @@ class _Open:
             return self
         recipients = [delivery.recipients[index] for index in indices]
         numbers = [delivery.numbers[index] for index in indices]
-        return _Open(Delivery(delivery.message, recipients, numbers), self.place, [self.places[i] for i in indices])
+        return _Open(
+            Delivery(delivery.message, recipients, numbers, delivery.probe),
+            self.place,
+            [self.places[i] for i in indices],
+        )
 
 
 class Attempt:
@@ -200,19 +206,46 @@ class Smtp:
         self._name = name
         self._by_domain = not isinstance(way, Path) and way.by_domain
         self._log = log
-        self._manner = Manner(tls or Tls("off" if terms.lmtp else "opportunistic"), terms, ca_file)
+        tls = tls or Tls("off" if terms.lmtp else "opportunistic")
+        self._manner = Manner(tls, terms, ca_file)
+        self._waived: Manner | None = None  # for mail whose sender waives TLS, where that is another one
+        if self._by_domain and terms.credentials is None and tls.mode in ("required", "verified"):
+            self._waived = Manner(tls._replace(mode="opportunistic"), terms)
         self._pool = Pool(limits, source=source)
 
     def destination(self, recipient: Address) -> str:
         """The domain; "" where one host takes all."""
         return recipient.domain if self._by_domain else ""
 
-    async def deliver(self, deliveries: Sequence[Delivery]) -> Sequence[Sequence[Outcome]]:
+    @property
+    def demands_tls(self) -> bool:
+        """Whether there is mail that does not leave in clear, and would if its sender waived TLS."""
+        return self._waived is not None
+
+    def deliver(self, deliveries: Sequence[Delivery]) -> Awaitable[Sequence[Sequence[Outcome]]]:
         """All of one destination."""
+        if self._waived is not None and any(each.message.envelope.waives_tls for each in deliveries):
+            return self._deliver_apart(deliveries, self._waived)
+        return self._deliver(deliveries, self._manner)
+
+    async def _deliver_apart(self, deliveries: Sequence[Delivery], waived: Manner) -> Sequence[Sequence[Outcome]]:
+        """Those that waive TLS, and those that do not."""
+        outcomes: dict[int, Sequence[Outcome]] = {}
+        for manner in (self._manner, waived):
+            places = [
+                place for place, each in enumerate(deliveries)
+                if each.message.envelope.waives_tls is (manner is waived)
+            ]  # fmt: skip
+            if places:
+                results = await self._deliver([deliveries[place] for place in places], manner)
+                outcomes.update(zip(places, results, strict=True))
+        return [outcomes[place] for place in range(len(deliveries))]
+
+    async def _deliver(self, deliveries: Sequence[Delivery], manner: Manner) -> Sequence[Sequence[Outcome]]:
         pool = self._pool
         address = deliveries[0].recipients[0].address
         destination = self.destination(address)
-        link = pool.near(destination)
+        link = pool.near(destination, manner)
         if link is None:
             attempt = Attempt(deliveries)
         else:
@@ -223,20 +256,20 @@ class Smtp:
             attempt = Attempt(deliveries)
             attempt.take(results, link.dialogue.failure, opened=True, kept=True)
         if attempt.go_on():
-            await self._attempt(destination, address.domain, attempt)
+            await self._attempt(destination, address.domain, attempt, manner)
         return attempt.outcomes()
 
-    async def _attempt(self, destination: str, domain: str, attempt: Attempt) -> None:
+    async def _attempt(self, destination: str, domain: str, attempt: Attempt, manner: Manner) -> None:
         """From host to host."""
         pool = self._pool
         if isinstance(self._way, Path):
-            hops = [pool.hop(self._name, str(self._way), 0, self._manner)]
+            hops = [pool.hop(self._name, str(self._way), 0, manner)]
         else:
             hosts = await self._way.find(domain)
             if isinstance(hosts, Outcome):
                 attempt.settle(hosts)
                 return
-            hops = [pool.hop(host.name, host.address, self._way.port, self._manner) for host in hosts]
+            hops = [pool.hop(host.name, host.address, self._way.port, manner) for host in hosts]
             now = pool.now()
             hops.sort(key=lambda hop: hop.failing_until > now)
         for hop in hops:

@@ -24,6 +24,7 @@ from .replies import Reply
 
 SHORT = 500  # octets of a reply's text in the ordinary case
 EAGER = 65_536  # octets of a message that is sent without waiting for what its recipients are answered
+MUDDLED = "its replies are not those to what it was asked"
 
 # Names of this module: looking up an Enum's member costs 0.05 µs each time on Python 3.11.
 REUSE, MAIL, RCPT, DATA, CHUNK = Stage.REUSE, Stage.MAIL, Stage.RCPT, Stage.DATA, Stage.BODY
@@ -64,8 +65,9 @@ class Transaction:
     `body` is what send_piece wants; `finished`: the host has said all; `clean`: it has nothing of this mail left."""
 
     __slots__ = (
-        "_accepted", "_answered", "_ended", "_host", "_mailed", "_message", "_muddled", "_offers", "_terms", "_unsent",
-        "_wire", "again", "body", "clean", "finished", "heard", "outcomes", "whole",
+        "_accepted", "_answered", "_chunked", "_confirmed", "_ended", "_host", "_mailed", "_message", "_muddled",
+        "_offers", "_probe", "_terms", "_unsent", "_wire", "again", "body", "clean", "finished", "heard", "outcomes",
+        "whole",
     )  # fmt: skip
 
     def __init__(self, wire: Wire, offers: Offers, terms: Terms, host: str, message: Message) -> None:
@@ -78,7 +80,10 @@ class Transaction:
         self._accepted: list[int] = []
         self._answered = 0  # replies to RCPT
         self._ended = 0  # replies to the end, in LMTP
+        self._confirmed: Reply | None = None  # the answer to the message, while another one is asked for
+        self._chunked = False  # by BDAT
         self._mailed = False
+        self._probe = False  # there is no message: RSET takes its place
         self._muddled = False  # a recipient was taken for a MAIL that was not
         self.outcomes: list[Outcome | None] = []
         self.again: list[int] = []
@@ -88,9 +93,12 @@ class Transaction:
         self.clean = True
         self.whole = False  # message and all have left at once
 
-    def begin(self, recipients: Sequence[Recipient], *, reset: bool, require_tls: bool) -> None:
-        """`reset`: RSET goes before. Raises BodyError."""
+    def begin(self, recipients: Sequence[Recipient], *, reset: bool, require_tls: bool, probe: bool = False) -> None:
+        """`reset`: RSET goes before. `probe`: RSET takes the place of the message. Raises BodyError."""
+        self._probe = probe
         offers, message = self._offers, self._message
+        # In LMTP the end has as many answers as recipients were taken: 354 shows that we count the same ones.
+        self._chunked = offers.chunking and (not self._terms.lmtp or len(recipients) == 1 or bool(int(message.content)))
         self.outcomes = [None] * len(recipients)
         utf8 = offers.utf8 and not "".join([each.address.local for each in recipients]).isascii()
         mail = render_mail(message, offers, utf8=utf8, require_tls=require_tls)
@@ -99,6 +107,8 @@ class Transaction:
                 self._unsent.append((REUSE, "RSET\r\n"))
             self._unsent.append((MAIL, mail))
             self._unsent.extend([(RCPT, render_rcpt(each, offers)) for each in recipients])
+            if probe:
+                self._unsent.append((REUSE, "RSET\r\n"))
             self._go_on()
             return
         awaited = self._wire.awaited
@@ -111,7 +121,10 @@ class Transaction:
             awaited.append(RCPT)
             lines.append(render_rcpt(each, offers))
         octets = b""
-        if not offers.chunking:
+        if probe:
+            awaited.append(REUSE)
+            lines.append("RSET\r\n")
+        elif not self._chunked:
             awaited.append(DATA)
             lines.append("DATA\r\n")
         elif message.parts is not None and sent_size(message) <= EAGER:
@@ -175,9 +188,11 @@ class Transaction:
         if self._unsent:
             stage, line = self._unsent.popleft()
             self._wire.say(stage, line.encode())
+        elif self._probe:
+            self._finish(clean=True)
         elif not self._accepted:
             self._finish(clean=not self._mailed)
-        elif self._offers.chunking:
+        elif self._chunked:
             self._send_body()
         else:
             self._wire.say(DATA, b"DATA\r\n")
@@ -221,6 +236,8 @@ class Transaction:
                 self._muddled = True
             else:
                 self._accepted.append(place)
+                if self._probe:
+                    self._decide((place,), self._verdict(RCPT, reply))
                 if len(self._accepted) > 1 and awaited and awaited[-1] is LMTP_END:
                     # The message has left with its recipients, and each accepted one has an answer of its own.
                     awaited.append(LMTP_END)
@@ -252,7 +269,7 @@ class Transaction:
 
     def _send_body(self) -> None:
         """Begins with the message. What is small leaves at once, what is large when the transport has read it."""
-        chunked = self._offers.chunking
+        chunked = self._chunked
         body = self.body = OutgoingBody(self._message, stuffed=not chunked)
         if chunked and not self._offers.pipelining:
             # Each chunk would cost a round trip.
@@ -270,9 +287,25 @@ class Transaction:
         return None
 
     def _on_end(self, reply: Reply) -> Fault | None:
+        if self._confirmed is not None:
+            if reply.code >= 300:
+                return Fault(END, GARBAGE, reply, MUDDLED)
+            reply = self._confirmed
+        elif self.whole and reply.status[:4] == "2.1." and self._accepted:
+            return self._confirm(reply)
         if self._accepted:
             self._decide(self._accepted, self._verdict(END, reply))
         return self._ended_with(reply)
+
+    def _confirm(self, reply: Reply) -> Fault | None:
+        """A message is answered with the status of an address: perhaps a reply too many has come before, and this one
+        is the last recipient's. Then the next one is the message's: when that says yes too, it was taken either way."""
+        if any(self.outcomes) or self.again:
+            self.outcomes = [None] * len(self.outcomes)
+            return Fault(END, GARBAGE, reply, MUDDLED)
+        self._confirmed = reply
+        self._wire.say(END, b"NOOP\r\n")
+        return None
 
     def _on_lmtp_end(self, reply: Reply) -> Fault | None:
         """One for each accepted recipient, in order; one in all where none was accepted."""

@@ -47,7 +47,7 @@ class Policy:
             try:
                 opinion = check(ask)
             except Exception as error:
-                return self._failed(error)
+                return self._failed(ask, error)
             if opinion is None:
                 continue
             if isinstance(opinion, Verdict):
@@ -65,9 +65,11 @@ class Policy:
                     answer = check(ask)
                     opinion = await answer if isawaitable(answer) else answer
         except Exception as error:
-            return self._failed(error)
+            return self._failed(ask, error)
         return opinion or ACCEPT
 
-    def _failed(self, error: Exception) -> Verdict:
-        self._log.write(logs.BUG, "policy", repr(error), logs.trace(error))
+    def _failed(self, ask: Ask, error: Exception) -> Verdict:
+        # What a store says of a question about a password may hold it.
+        what = type(error).__name__ if ask.stage is Stage.AUTH else repr(error)
+        self._log.write(logs.BUG, "policy", what, logs.trace(error))
         return CHECK_FAILED

@@ -1,6 +1,6 @@
-"""Who may send to any domain: a client from a trusted network (users follow, once they can authenticate).
+"""Who may send to any domain: a client from a trusted network, and a user who has proved to be one.
 
-In: RCPT's address. Out: nothing of a client that is not trusted, of a domain that is served here, or one that no way
+In: RCPT's address. Out: nothing of any other client, of a domain that is served here, or one that no way
 leads to: recipients.py, which is asked after this, decides about them, and refuses what is not ours. Else the address
 as it came: only its own host knows which local-parts are one mailbox (RFC 5321 2.4), so its key keeps their case.
 `Trust` says whether a client is trusted, by its address; a unix socket has none, and is not.
@@ -57,7 +57,7 @@ class Relay:
         self._route = route
 
     def __call__(self, ask: Ask) -> Verdict | None:
-        if not ask.client.trusted:
+        if not (ask.client.trusted or ask.client.user):
             return None
         address = ask.recipient
         if not address.domain or self._domains.find(address.domain) is not None or not self._route(address)[0]:

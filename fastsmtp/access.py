@@ -1,0 +1,73 @@
+"""Rules, aliases and lists of mailboxes, as a configuration names them, made into what checks are made of.
+
+In: a configuration, and the lists that are open. Out: the checks for rules, for VRFY and EXPN, the aliases, and for
+each domain what it knows of its mailboxes. Used by a worker for its listeners, and by `check --as`, which has none.
+In which order checks are asked is decided where a listener is put together (generation.py). Raises ListError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from .aliases import Aliases
+from .config import Config, Domain, InFile, Listener
+from .domains import Domains
+from .lists import Kind, Lists, Mailboxes, Networks, Values
+from .policy import Check
+from .policy.rules import Rule, make_rules
+from .policy.verify import Verify
+from .verdict import Stage
+
+
+def make_rule_checks(config: Config, lists: Lists) -> list[Check]:
+    """A check for each stage at which a rule may refuse."""
+
+    def patterns(value: object, kind: Kind) -> Container[str] | None:
+        if isinstance(value, InFile):
+            return lists.open(kind, value.path)
+        if not isinstance(value, tuple) or not value:
+            return None
+        return Networks.of(value) if kind == "networks" else frozenset(value)
+
+    rules = [
+        Rule(
+            rule.name or str(number),
+            rule.action,
+            patterns(rule.client, "networks"),
+            patterns(rule.helo, "names"),
+            patterns(rule.sender, "addresses"),
+            patterns(rule.recipient, "addresses"),
+            rule.text,
+        )
+        for number, rule in enumerate(config.rule, 1)
+    ]
+    return list(make_rules(rules))
+
+
+def make_verify_checks(listener: Listener, trusts: bool, domains: Domains, aliases: Aliases | None) -> list[Check]:
+    """What is told by VRFY and EXPN; no check where nobody is told. `trusts`: some clients are trusted there."""
+    return [
+        Verify(stage, domains, aliases, everyone)
+        for stage, everyone in ((Stage.VRFY, listener.vrfy), (Stage.EXPN, listener.expn))
+        if everyone or trusts
+    ]
+
+
+def make_aliases(config: Config, domains: Domains, lists: Lists) -> Aliases | None:
+    """None where there are none."""
+    common = config.alias.file
+    if common is None and all(domain.aliases is None for domain in config.domain):
+        return None
+    return Aliases(domains, lists.open("aliases", common) if common is not None else None, config.alias.members)
+
+
+def mailboxes_of(domain: Domain, lists: Lists) -> Mailboxes | None:
+    """The mailboxes of a domain that has them in a file."""
+    if not isinstance(domain.recipients, InFile):
+        return None
+    return lists.open("mailboxes-case" if domain.case_sensitive else "mailboxes", domain.recipients.path)
+
+
+def aliases_of(domain: Domain, lists: Lists) -> Values | None:
+    """The aliases that a domain has for itself."""
+    return lists.open("aliases", domain.aliases) if domain.aliases is not None else None

@@ -1,0 +1,128 @@
+"""How often passwords may be guessed: buckets of failures, which all workers of the machine share.
+
+In: who asks, for which user. Out: whether he may, and how long a no is to take. There is a bucket for each address (of
+IPv6 for its /64, which is one customer's) and one for each user. An attempt is spent before anything is looked up and
+given back when it was right, so that a thousand at once are no more than the bucket holds. A full bucket of a user
+stops nobody at an address that succeeded for that user within a day: nobody can lock another out.
+Not here: what a failure is, and who waits. Nothing fails: what the table forgets is only asked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from ipaddress import IPv6Address, ip_address
+
+from .._shared import Shared
+from ..config_values import Rate
+
+# Kinds of keys in the shared memory.
+ADDRESS = 100
+USER = 101
+LATELY = 102
+
+LATELY_SECONDS = 86_400.0
+# What a no takes: a second, and so much more for each failure that is still in the bucket.
+DELAY = 1.0
+DELAY_STEP = 0.25
+DELAY_MOST = 4.0
+
+
+def network_of(ip: str) -> bytes:
+    """What is counted as one address; empty for a unix socket."""
+    if ":" not in ip:
+        return ip.encode()
+    address = ip_address(ip.partition("%")[0])
+    return address.packed[:8] if isinstance(address, IPv6Address) else address.packed
+
+
+class Guessing:
+    """The buckets. `unlimited` says of which addresses failures are not counted by address; `now` is monotonic."""
+
+    def __init__(
+        self, shared: Shared, address: Rate, user: Rate, unlimited: Callable[[str], bool], now: Callable[[], float]
+    ) -> None:
+        self.shared = shared
+        self.address = address
+        self.user = user
+        self.now = now
+        self._unlimited = unlimited
+
+    def attempt(self, ip: str, user: str) -> Attempt:
+        """`user` is empty where nobody is named."""
+        network = network_of(ip)
+        key = self.shared.key
+        name = user.encode()
+        return Attempt(
+            self,
+            key(ADDRESS, network) if network and not self._unlimited(ip) else 0,
+            key(USER, name) if name else 0,
+            key(LATELY, network + b"\0" + name) if name else 0,
+        )
+
+
+class Attempt:
+    """One attempt of one client for one user. A key of 0: there is no such bucket."""
+
+    __slots__ = ("_address", "_guessing", "_lately", "_user")
+
+    def __init__(self, guessing: Guessing, address: int, user: int, lately: int) -> None:
+        self._guessing = guessing
+        self._address = address
+        self._user = user
+        self._lately = lately
+
+    def refused(self) -> bool:
+        """Whether there have been too many failures."""
+        guessing = self._guessing
+        if self._address and self._owes(self._address, guessing.address, 1) > 0.0:
+            return True
+        return bool(self._user) and self._owes(self._user, guessing.user, 1) > 0.0 and not self._succeeded_lately()
+
+    def spend(self) -> bool:
+        """Takes it for a failure, until it is given back. False: there have been too many, and nothing is spent."""
+        guessing = self._guessing
+        if self._address and self._charge(self._address, guessing.address, 1) > 0.0:
+            return False
+        if self._user and self._charge(self._user, guessing.user, 1) > 0.0:
+            if not self._succeeded_lately():
+                if self._address:
+                    self._charge(self._address, guessing.address, -1)
+                return False
+            self._user = 0  # nothing was taken there, so nothing is given back: others would guess once more for it
+        return True
+
+    def give_back(self) -> None:
+        """It was none."""
+        guessing = self._guessing
+        if self._address:
+            self._charge(self._address, guessing.address, -1)
+        if self._user:
+            self._charge(self._user, guessing.user, -1)
+
+    def succeed(self) -> None:
+        """It was right."""
+        self.give_back()
+        if self._lately:
+            guessing = self._guessing
+            guessing.shared.forgive(self._lately)
+            guessing.shared.spend(self._lately, LATELY_SECONDS, 1.0, guessing.now())
+
+    def delay(self) -> float:
+        """Seconds that a no takes: the more, the more failures there have been from this address."""
+        guessing = self._guessing
+        if not self._address:
+            return DELAY
+        owed = self._owes(self._address, guessing.address, guessing.address.count)
+        return min(DELAY_MOST, DELAY + DELAY_STEP * max(0.0, owed / guessing.address.interval - 1.0))
+
+    def _succeeded_lately(self) -> bool:
+        guessing = self._guessing
+        return guessing.shared.owes(self._lately, LATELY_SECONDS, 1.0, guessing.now()) > 0.0
+
+    def _owes(self, key: int, rate: Rate, n: int) -> float:
+        guessing = self._guessing
+        return guessing.shared.owes(key, rate.interval, rate.count, guessing.now(), n)
+
+    def _charge(self, key: int, rate: Rate, n: int) -> float:
+        guessing = self._guessing
+        return guessing.shared.spend(key, rate.interval, rate.count, guessing.now(), n)

@@ -1,0 +1,207 @@
+"""When lists are compiled: before a configuration is used, and when their text changes while the server runs.
+
+In: a configuration. Out: compiled files that all workers take (lists.py). `prepare` returns when every list is there in
+its present version, or raises ListError, and nothing was published then that is not whole. A `Watcher`, which the
+supervisor has, looks at the text files once a second; a file that has changed, and then not for a second, is compiled.
+What is wrong is logged once, with file and line; the version before stays in force. All is done in forked processes,
+as the user that the workers are: whoever forks them has one thread. fork(2).
+Not here: what is read and written (list_compile.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn, TypeAlias
+
+from . import log as logs
+from .config import Config, InFile
+from .list_compile import compile_list
+from .lists import Kind, ListError, ListFile, Stamp, read_header, stamp_of
+from .toml_lines import Place
+
+FOLDER = "lists"  # in data_dir
+SECONDS = 1.0  # between two looks
+
+
+Become: TypeAlias = Callable[[], None] | None  # None: it stays who it is
+
+
+def lists_of(config: Config) -> Iterator[tuple[Place, ListFile]]:
+    """The lists that a configuration names, and where."""
+    for i, domain in enumerate(config.domain):
+        if isinstance(domain.recipients, InFile):
+            kind: Kind = "mailboxes-case" if domain.case_sensitive else "mailboxes"
+            yield ("domain", i, "recipients"), ListFile(kind, domain.recipients.path)
+        if domain.aliases is not None:
+            yield ("domain", i, "aliases"), ListFile("aliases", domain.aliases)
+    if config.alias.file is not None:
+        yield ("alias", "file"), ListFile("aliases", config.alias.file)
+    for i, rule in enumerate(config.rule):
+        for key, value, what in (
+            ("client", rule.client, "networks"),
+            ("helo", rule.helo, "names"),
+            ("sender", rule.sender, "addresses"),
+            ("recipient", rule.recipient, "addresses"),
+        ):
+            if isinstance(value, InFile):
+                yield ("rule", i, key), ListFile(what, value.path)  # type: ignore[arg-type]
+
+
+def files_of(config: Config) -> list[ListFile]:
+    return list(dict.fromkeys(file for _, file in lists_of(config)))
+
+
+def folder_of(config: Config) -> Path:
+    return config.data_dir / FOLDER
+
+
+def prepare(config: Config, become: Become = None, folder: Path | None = None) -> None:
+    """Compiles what is not there, or of another version than its text; elsewhere where a `folder` is named. `become`
+    makes the process that does it the user who serves. Raises ListError, and OSError when there is no process."""
+    folder = folder or folder_of(config)
+    for file in files_of(config):
+        if not _is_current(file, folder):
+            _take_answer(_fork(file, folder, become), file, wait=True)
+
+
+def check_lists(config: Config) -> Iterator[tuple[Place, str]]:
+    """What is wrong with lists that are not compiled yet; nothing is written."""
+    for place, file in lists_of(config):
+        if not _is_current(file, folder_of(config)):
+            try:
+                compile_list(file, None)
+            except ListError as error:
+                yield place, str(error)
+
+
+def _is_current(file: ListFile, folder: Path) -> bool:
+    header = read_header(file.compiled(folder))
+    try:
+        return header is not None and header.kind == file.kind and header.stamp == stamp_of(file.path.stat())
+    except OSError:
+        return False
+
+
+class _Child(NamedTuple):
+    """A process that compiles, and the memory that it answers in."""
+
+    pid: int
+    answer: int
+
+
+def _fork(file: ListFile, folder: Path, become: Become) -> _Child:
+    answer = os.memfd_create("list")
+    try:
+        pid = os.fork()
+    except OSError:
+        os.close(answer)
+        raise
+    if pid == 0:
+        _compile_and_exit(file, folder, become, answer)
+    return _Child(pid, answer)
+
+
+def _compile_and_exit(file: ListFile, folder: Path, become: Become, answer: int) -> NoReturn:
+    """The child: it keeps nothing open of its parent's, or clients would wait at a socket that nobody accepts from."""
+    code = 1
+    try:
+        for name in os.listdir("/proc/self/fd"):
+            if int(name) not in (0, 1, 2, answer):
+                try:
+                    os.close(int(name))
+                except OSError:
+                    pass  # the folder itself
+        for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+            signal.signal(signum, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        if become is not None:
+            become()
+        os.nice(5)
+        said: dict[str, int | str]
+        try:
+            said = {"entries": compile_list(file, folder)}
+        except ListError as error:
+            said = {"line": error.line, "error": error.message}
+        except OSError as error:
+            said = {"line": 0, "error": f"its compiled form cannot be written to {folder}: {error.strerror}"}
+        os.write(answer, json.dumps(said).encode())
+        code = 0
+    finally:
+        os._exit(code)
+
+
+def _take_answer(child: _Child, file: ListFile, *, wait: bool) -> int | None:
+    """How many entries the list has; None: it is not compiled yet. Raises ListError."""
+    pid, status = os.waitpid(child.pid, 0 if wait else os.WNOHANG)
+    if not pid:
+        return None
+    said = os.pread(child.answer, 1 << 16, 0)
+    os.close(child.answer)
+    if not said:
+        raise ListError(file.path, 0, f"the process that compiles it ended with {os.waitstatus_to_exitcode(status)}")
+    answer = json.loads(said)
+    if "error" in answer:
+        raise ListError(file.path, answer["line"], answer["error"])
+    return int(answer["entries"])
+
+
+class Watcher:
+    """Compiles lists whose text has changed. `become` as for `prepare`; nothing here waits."""
+
+    def __init__(self, log: logs.Log, become: Become = None) -> None:
+        self._log = log
+        self._become = become
+        self._child: tuple[_Child, ListFile, float] | None = None  # and when it began
+        self._done: dict[ListFile, Stamp | None] = {}  # published, or found wrong
+        self._seen: dict[ListFile, Stamp | None] = {}  # when it was last looked at
+        self._looked = 0.0
+
+    def look_after(self, config: Config, now: float) -> None:
+        """Called often; `now` is monotonic."""
+        if self._child is not None:
+            self._end(*self._child)
+        elif now - self._looked >= SECONDS:
+            self._looked = now
+            self._look(files_of(config), folder_of(config), now)
+
+    def close(self) -> None:
+        if self._child is not None:
+            child, _, _ = self._child
+            self._child = None
+            os.kill(child.pid, signal.SIGKILL)
+            os.waitpid(child.pid, 0)
+            os.close(child.answer)
+
+    def _look(self, files: Sequence[ListFile], folder: Path, now: float) -> None:
+        for file in files:
+            try:
+                stamp: Stamp | None = stamp_of(file.path.stat())
+            except OSError:
+                stamp = None
+            if file not in self._done:
+                header = read_header(file.compiled(folder))
+                self._done[file] = header.stamp if header is not None else None
+            seen = self._seen.get(file, stamp)
+            self._seen[file] = stamp
+            if stamp == seen and stamp != self._done[file]:
+                self._done[file] = stamp
+                try:
+                    self._child = (_fork(file, folder, self._become), file, now)
+                except OSError as error:
+                    self._log.write(logs.LIST_KEPT, str(file.path), 0, f"no process compiles it: {error.strerror}")
+                return
+
+    def _end(self, child: _Child, file: ListFile, began: float) -> None:
+        try:
+            entries = _take_answer(child, file, wait=False)
+            if entries is None:
+                return
+            self._log.write(logs.LIST_PUBLISHED, str(file.path), entries, time.monotonic() - began)
+        except ListError as error:
+            self._log.write(logs.LIST_KEPT, error.file, error.line, error.message)
+        self._child = None

@@ -1,0 +1,187 @@
+"""When lists are compiled, and what the process that does it keeps of its parent."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from scripted import Logged, logged
+
+from fastsmtp.config import Config, parse
+from fastsmtp.list_watch import Watcher, check_lists, folder_of, prepare
+from fastsmtp.lists import Listed, ListError, ListFile
+
+TEXT = """\
+data_dir = "data"
+[[domain]]
+name = "here.test"
+recipients = {file = "boxes"}
+transport = "x"
+[transport.x]
+type = "discard"
+"""
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    (tmp_path / "boxes").write_text("ann\n")
+    (tmp_path / "data").mkdir()
+    return parse(TEXT, tmp_path, "f.toml")
+
+
+@pytest.fixture
+def log() -> Iterator[Logged]:
+    with logged() as pair:
+        yield pair
+
+
+def opened(config: Config, tmp_path: Path) -> Listed:
+    return Listed(ListFile("mailboxes", tmp_path / "boxes"), folder_of(config))
+
+
+def test_what_is_current_is_left(config: Config, tmp_path: Path) -> None:
+    times = []
+    for text in ("ann\n", "ann\n", "ann\nbob\n"):
+        if (tmp_path / "boxes").read_text() != text:
+            (tmp_path / "boxes").write_text(text)
+        prepare(config)
+        (file,) = folder_of(config).iterdir()
+        times.append(file.stat().st_ino)
+    assert times[0] == times[1] != times[2]
+    assert opened(config, tmp_path).has("bob", "here.test")
+
+
+def test_it_keeps_nothing_of_its_parent(config: Config, tmp_path: Path) -> None:
+    """A socket that it held would take connections for nobody."""
+    said = tmp_path / "said"
+
+    def become() -> None:
+        links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd") if int(name) > 2]
+        names = [os.readlink(link) for link in links if os.path.lexists(link)]
+        ignored = [signal.getsignal(one) for one in (signal.SIGTERM, signal.SIGHUP)]
+        masked = sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+        said.write_text(json.dumps([names, ignored == [signal.SIG_DFL] * 2, len(masked)]))
+
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with socket.create_server(("127.0.0.1", 0)):
+            prepare(config, become)
+    finally:
+        signal.signal(signal.SIGHUP, hangup)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    names, default, masked = json.loads(said.read_text())
+    assert [name for name in names if not name.startswith("/memfd:list")] == []
+    assert (default, masked) == (True, 0)
+
+
+def test_a_process_that_dies(config: Config) -> None:
+    def become() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ListError, match="boxes: the process that compiles it ended with -9"):
+        prepare(config, become)
+
+
+def test_a_folder_that_cannot_be_written(config: Config) -> None:
+    folder_of(config).write_text("a file")
+    with pytest.raises(ListError, match=r"its compiled form cannot be written to .*lists: "):
+        prepare(config)
+
+
+def test_check_writes_nothing(config: Config, tmp_path: Path) -> None:
+    assert list(check_lists(config)) == []
+    (tmp_path / "boxes").write_text("ann\n\na b\n")
+    ((place, text),) = check_lists(config)
+    assert place == ("domain", 0, "recipients")
+    assert text.startswith(f"{tmp_path}/boxes:3: expected a local-part")
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+# The watcher
+
+
+class Watched:
+    """A watcher with a clock that is set."""
+
+    def __init__(self, config: Config, log: Logged, become: Callable[[], None] | None = None) -> None:
+        self.config = config
+        self.lines = log[1]
+        self.watcher = Watcher(log[0], become)
+        self.now = 1000.0
+
+    def pass_time(self, seconds: float) -> None:
+        """As if it were called often; what has begun is done."""
+        self.now += seconds
+        self.watcher.look_after(self.config, self.now)
+        deadline = time.monotonic() + 60
+        while self.watcher._child is not None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+            self.watcher.look_after(self.config, self.now)
+
+    @property
+    def events(self) -> list[tuple[str, Any]]:
+        return [(line["event"], line.get("line", line.get("entries"))) for line in self.lines()]
+
+
+def test_a_change_is_taken_when_it_is_over(config: Config, tmp_path: Path, log: Logged) -> None:
+    prepare(config)
+    watched = Watched(config, log)
+    for _ in range(3):
+        watched.pass_time(1.0)
+    assert watched.events == []
+    (tmp_path / "boxes").write_text("ann\nbob\n")
+    watched.pass_time(1.0)
+    (tmp_path / "boxes").write_text("ann\nbob\ncarl\n")
+    watched.pass_time(1.0)
+    watched.pass_time(0.5)  # looked at too soon
+    assert watched.events == []
+    watched.pass_time(0.5)
+    assert watched.events == [("list-published", 3)]
+    assert opened(config, tmp_path).has("carl", "here.test")
+    watched.pass_time(1.0)
+    assert len(watched.events) == 1
+
+
+def test_what_is_wrong_is_said_once(config: Config, tmp_path: Path, log: Logged) -> None:
+    prepare(config)
+    watched = Watched(config, log)
+    watched.pass_time(1.0)
+    (tmp_path / "boxes").write_text("a b\n")
+    for _ in range(5):
+        watched.pass_time(1.0)
+    assert watched.events == [("list-kept", 1)]
+    assert opened(config, tmp_path).has("ann", "here.test")
+    (tmp_path / "boxes").unlink()
+    for _ in range(5):
+        watched.pass_time(1.0)
+    assert watched.events == [("list-kept", 1), ("list-kept", 0)]
+    (tmp_path / "boxes").write_text("zoe\n")
+    for _ in range(3):
+        watched.pass_time(1.0)
+    assert watched.events[2:] == [("list-published", 1)]
+
+
+def test_it_ends_with_its_parent(config: Config, tmp_path: Path, log: Logged) -> None:
+    prepare(config)
+    watched = Watched(config, log, become=lambda: time.sleep(600))
+    watched.pass_time(1.0)
+    (tmp_path / "boxes").write_text("bob\n")
+    watched.watcher.look_after(config, 1002.0)
+    watched.watcher.look_after(config, 1003.0)
+    assert watched.watcher._child is not None
+    pid = watched.watcher._child[0].pid
+    watched.watcher.look_after(config, 1004.0)
+    watched.watcher.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+    watched.watcher.close()
+    assert watched.events == []
