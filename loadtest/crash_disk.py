@@ -25,7 +25,7 @@ _SIZES = {"ext4": "256M", "xfs": "320M"}
 _PACKAGES = {"mkfs.ext4": "e2fsprogs", "mkfs.xfs": "xfsprogs", "xfs_io": "xfsprogs", "strace": "strace"}
 # No journal of half the image, nothing zeroed in the background; lazy counters and so on are each file system's own.
 _MAKE = {"ext4": ("-E", "lazy_itable_init=1,lazy_journal_init=1"), "xfs": ("-f",)}
-UNMOUNT_SECONDS = 20.0
+UNMOUNT_SECONDS = 90.0
 MEDIUM_SIZE = "160M"
 
 
@@ -94,6 +94,12 @@ class Disk:
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.01)  # a process that was killed has it open still
+        # A process in a mount namespace of its own, which it took while this was mounted, keeps it alive.
+        living = Path(f"/sys/fs/{self._kind}/{Path(self.device).name}")
+        while living.exists():
+            if time.monotonic() > deadline:
+                raise LoadError(f"{self.place} is still mounted in another mount namespace")
+            time.sleep(0.01)
         self._mounted = False
 
 
