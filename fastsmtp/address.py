@@ -83,9 +83,9 @@ class Address:
 
 _ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]++"
 _UTF8_ATEXT = r"[A-Za-z0-9!#$%&'*+/=?^_`{|}~\x80-\U0010ffff-]++"
-_LDH = r"[A-Za-z0-9_]++(?:(?:-++|\.)[A-Za-z0-9_]++)*+"  # no label empty, none with a hyphen at its ends
+_LDH = r"[A-Za-z0-9_]++(?:(?:-++|\.)[A-Za-z0-9_]++)*"  # no label empty, none with a hyphen at its ends
 
-_DOT_STRING = re.compile(rf"{_UTF8_ATEXT}(?:\.{_UTF8_ATEXT})*+")
+_DOT_STRING = re.compile(rf"{_UTF8_ATEXT}(?:\.{_UTF8_ATEXT})*")
 _DOMAIN = re.compile(_LDH)
 _LONG_LABEL = re.compile(rf"[^.]{{{LABEL_LIMIT + 1}}}")
 # C1 controls and the two line separators: legal by RFC 6531, but some readers of logs end a line there
@@ -97,14 +97,14 @@ NULL = Address("", "")
 # Splits a path where it must be split; what stands between the marks is checked afterwards.
 _WORD = rb'[^\x00-\x20\x7f<>()\[\]\\,;:@"]++'
 _HOST = rb"(?:" + _WORD + rb'|\[[^\x00-\x20\x7f<>\[\]\\@"]*+\])'
-_QUOTED = rb'"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*+"'
+_QUOTED = rb'"(?:[^\x00-\x1f\x7f"\\]|\\[\x20-\x7e])*"'
 _PATH = re.compile(
-    rb"(?:(?P<route>@" + _HOST + rb"(?:,@" + _HOST + rb")*+):)?+"
+    rb"(?:(?P<route>@" + _HOST + rb"(?:,@" + _HOST + rb")*):)?"
     rb"(?:(?P<word>" + _WORD + rb")|(?P<quoted>" + _QUOTED + rb"))"
-    rb"(?:@(?P<domain>" + _HOST + rb"))?+"
+    rb"(?:@(?P<domain>" + _HOST + rb"))?"
 )
 # A domain of at most 63 octets has no label that is longer.
-_PLAIN = re.compile(rf"<({_ATEXT}(?:\.{_ATEXT})*+)@(?=[^>]{{1,{LABEL_LIMIT}}}>)({_LDH})>")
+_PLAIN = re.compile(rf"<({_ATEXT}(?:\.{_ATEXT})*)@(?=[^>]{{1,{LABEL_LIMIT}}}>)({_LDH})>")
 
 
 def parse_path(raw: bytes, *, brackets: bool = True) -> tuple[Address, int]:

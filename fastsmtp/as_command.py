@@ -207,6 +207,7 @@ class _Stage:
         )  # fmt: skip
         generation = Generation(self._settings, tools, asks)
         try:
+            generation.build()
             return await self._play(generation, generation.services[self._number])
         finally:
             for part in generation.parts():

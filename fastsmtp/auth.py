@@ -209,7 +209,7 @@ def _scram_sha_256(facts: Facts, plus: bool) -> Run:
         and hmac.compare_digest(final["nonce"], nonce)
         and verdict.user != ""
     )
-    yield from _put(Proved(name, sound))
+    yield from _put(Proved(name, sound, verdict.paid))
     if not sound:
         raise AuthError("auth-failed")
     # RFC 4954 4: 235 carries no data, so the server's proof is a challenge that is answered with nothing.

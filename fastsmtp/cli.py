@@ -96,7 +96,7 @@ def main() -> None:
     "--config",
     "file",
     type=_FILE,
-    envvar="NO",
+    envvar=CONFIG_VARIABLE,
     help=f"The configuration (also: {CONFIG_VARIABLE}); without it, an embedded default.",
 )
 def serve(file: Path | None) -> None:
@@ -166,7 +166,7 @@ main.add_command(reload)
 
 @main.command()
 @click.option(
-    "--config", "file", type=_FILE, envvar="NO", help=f"The configuration file (also: {CONFIG_VARIABLE})."
+    "--config", "file", type=_FILE, envvar=CONFIG_VARIABLE, help=f"The configuration file (also: {CONFIG_VARIABLE})."
 )
 @click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
 @click.option(

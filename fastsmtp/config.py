@@ -213,6 +213,20 @@ def _suggest(key: str, place: Place) -> str:
 # Bits of a network, by version of IP: what has fewer is nobody's own. Private ones have 8 (10.0.0.0/8) or 7 (fc00::/7).
 WIDE = {4: 8, 6: 7}
 
+# Where systems keep the authorities that sign for anybody.
+PUBLIC_AUTHORITIES = tuple(
+    map(
+        Path,
+        (
+            "/etc/ssl/certs/ca-certificates.crt",
+            "/etc/ssl/cert.pem",
+            "/etc/ssl/ca-bundle.pem",
+            "/etc/pki/tls/certs/ca-bundle.crt",
+            "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
+        ),
+    )
+)
+
 
 def warnings(config: Config) -> list[str]:
     """What is allowed, but seldom meant."""
@@ -238,7 +252,24 @@ def warnings(config: Config) -> list[str]:
             found.append(f"{where}: nobody can authenticate ([auth] names no users), so submission takes no mail")
         if listener.tls == "off" and not all(map(is_local, listener.address)):
             found.append(f"{where}: mail crosses the network in clear (tls is off)")
+        if listener.client_ca is not None and _is_public(listener.client_ca):
+            found.append(f"{where}: client_ca {listener.client_ca} is for servers of anybody, not for users of yours")
+        if listener.role == "mx" and listener.client_certificate == "optional":
+            found.append(
+                f"{where}: hosts that show a certificate of another authority than client_ca cannot send mail here "
+                '(client_certificate is "optional")'
+            )
+    found += [
+        f"[[customer]] networks: {network} lets anybody ask for the mail of {', '.join(customer.domains)}"
+        for customer in config.customer
+        for network in customer.networks
+        if network.prefixlen < WIDE[network.version]
+    ]
     return found
+
+
+def _is_public(path: Path) -> bool:
+    return path.name == "cacert.pem" or path.resolve() in [known.resolve() for known in PUBLIC_AUTHORITIES]
 
 
 def _outgoing_warnings(config: Config) -> list[str]:

@@ -142,7 +142,8 @@ class Auth(Table):
     )
     address_failures: RateLimit = Field(
         parse_rate("10/10m"),
-        description="Failures from one address (of IPv6 its /64), on the whole machine. More hear 454.",
+        description="Failures from one address (of IPv6 its /64), on the whole machine; for each user who succeeded "
+        "there within a day it has so many besides. More hear 454.",
     )
     user_failures: RateLimit = Field(
         parse_rate("20/h"),

@@ -179,8 +179,8 @@ class Inbound(Table):
     failures: Limit = Field(
         None,
         validate_default=False,
-        description="Recipients refused for good, failed logins, and commands that are none. Over it a client hears "
-        "421 when it connects, and 450 at MAIL and RCPT.",
+        description="Recipients refused for good, failed logins (on `submission` [auth] counts those), and commands "
+        "that are none. Over it a client hears 421 when it connects, and 450 at MAIL and RCPT.",
     )
     exceptions: Networks = Field((), description="Networks without any of these limits.")
     limit_trusted: StrictBool = Field(False, description="True: the limits hold for `relay.networks` too.")

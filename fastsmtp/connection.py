@@ -83,7 +83,7 @@ class Connection(asyncio.Protocol):
     )  # fmt: skip
 
     def __init__(self, service: Service, admitted: bool = False) -> None:
-        """`admitted`: it was asked already whether the client may come in (gate.py)."""
+        """`admitted`: it was asked already whether the client may come in, and it is counted (gate.py)."""
         self.service = service
         self.admitted = admitted
         self.transport: asyncio.Transport | None = None
@@ -133,7 +133,7 @@ class Connection(asyncio.Protocol):
         self.round.add(self)
         self._begin(None)
         service.count(Counter.SESSIONS)
-        if service.shared.open_session(service.worker) > service.session_limit:
+        if not self.admitted and service.shared.open_session(service.worker) > service.session_limit:
             service.count(Counter.SESSIONS_REFUSED)
             self._bye(R421_TOO_MANY_SESSIONS, "too many sessions")
         elif service.draining:
@@ -475,10 +475,13 @@ class Connection(asyncio.Protocol):
 
     def _refused(self, reply: Reply, stage: bytes) -> None:
         service = self.service
+        attempt = self.session.attempt if stage in (b"AUTH", b"") else None
         bad = reply.code >= 500 or reply is R421_TOO_MANY_GUESSES
-        if service.limits is not None and bad and stage not in NO_FAILURES:
+        # One telephone with an old password must not turn its office away: guesses have buckets of their own.
+        guessed = attempt is not None and attempt.reason != "" and self.session.terms.submission
+        if service.limits is not None and bad and stage not in NO_FAILURES and not guessed:
             service.limits.fail(self.client)
-        if stage in (b"AUTH", b"") and (attempt := self.session.attempt) is not None:
+        if attempt is not None:
             self.session.attempt = None
             if attempt.reason:
                 service.count(Counter.AUTH_FAILED)

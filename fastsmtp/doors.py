@@ -12,7 +12,6 @@ import asyncio
 import os
 import resource
 import socket
-import ssl
 import time
 
 from . import log as logs
@@ -50,24 +49,20 @@ class Door:
         guard = self._guard
         self.is_open = True
         listening = self._socket.dup()
-        context = self._handshakes
-        timeout = service.times.tls if context else None
 
         def accept() -> Connection:
             guard.admit()
             return Connection(self._service)
 
-        if self._is_gated:
+        if self._implicit_tls:
             self._server = Gate(lambda: self._service, listening, guard.admit)
             return
         if listening.family == socket.AF_UNIX:
             server: asyncio.AbstractServer = await service.loop.create_unix_server(
-                accept, sock=listening, backlog=BACKLOG, ssl=context, ssl_handshake_timeout=timeout
+                accept, sock=listening, backlog=BACKLOG
             )
         else:
-            server = await service.loop.create_server(
-                accept, sock=listening, backlog=BACKLOG, ssl=context, ssl_handshake_timeout=timeout
-            )
+            server = await service.loop.create_server(accept, sock=listening, backlog=BACKLOG)
         if self.is_open:
             self._server = server
         else:
@@ -75,25 +70,15 @@ class Door:
 
     def use(self, service: Service, implicit_tls: bool) -> None:
         """Who connects from now on is of this service."""
-        before = (self._is_gated, self._handshakes)
+        before = self._implicit_tls
         self._service = service
         self._implicit_tls = implicit_tls
-        if before != (self._is_gated, self._handshakes) and self.is_open:
+        if before != implicit_tls and self.is_open:
             self.close()
             self.reopen()
 
     def reopen(self) -> None:
         self._service.run(self.open())
-
-    @property
-    def _is_gated(self) -> bool:
-        """Whether clients are asked for before TLS begins."""
-        return self._implicit_tls and self._service.limits is not None
-
-    @property
-    def _handshakes(self) -> ssl.SSLContext | None:
-        """The context of handshakes that are made before a client is known of."""
-        return self._service.context if self._implicit_tls and not self._is_gated else None
 
     def close(self) -> None:
         self.is_open = False

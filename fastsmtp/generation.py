@@ -19,7 +19,7 @@ from ipaddress import ip_address
 from . import local_socket
 from .access import make_aliases, make_rule_checks, make_verify_checks
 from .address import NULL, Address, parse_address
-from .aliases import ExpansionError
+from .aliases import Aliases, ExpansionError
 from .colleagues import Colleagues
 from .config import Listener, Unix
 from .credentials import Authority
@@ -75,8 +75,10 @@ class Tools:
 
 
 class Generation:
-    """Made on the loop. `before` is the generation that it follows; `asks` is where the runner of commands is asked,
-    if it is another than before."""
+    """Made on the loop, then built. `before` is the generation that it follows; `asks` is where the runner of commands
+    is asked, if it is another than before."""
+
+    aliases: Aliases | None
 
     def __init__(
         self,
@@ -96,6 +98,16 @@ class Generation:
         self.ways: Ways = Ways(
             settings, tools.seat.index, tools.log, tools.identity, asks, ways, tools.lists, self.databases
         )
+        self.authority: Authority | None = None
+        self._limits: Limits | None = None
+        self._rules: list[Check] = []
+        self._users_terms: list[Terms] = []  # where users can log in
+        self.services: dict[int, Service] = {}
+
+    def build(self) -> None:
+        """Raises OSError: what was made until then is among the parts."""
+        config, settings, tools = self.config, self.settings, self._tools
+        self.ways.build()
         self.aliases = make_aliases(config, self.ways.domains, tools.lists)
         self._rules = make_rule_checks(config, tools.lists)
         self._trust = Trust(config.relay.networks)
@@ -110,13 +122,19 @@ class Generation:
             log=tools.log,
         )
         self._customers = Customers(config.customer)
-        self.services: dict[int, Service] = {}
         for number, listener in enumerate(config.listener):
             relays = bool(config.relay.networks) and listener.role not in ("lmtp", "odmr")
             self.services[number] = self._make_service(number, listener, self._trust if relays else None)
         where = Unix(config.data_dir / local_socket.SUBMIT / str(tools.seat.index))
         local = Listener(address=(where,), early_talker="allow", bare="normalize")
         self.services[LOCAL] = self._make_service(LOCAL, local, lambda _: True)
+
+    def tick(self) -> None:
+        """Called about once a second: what EHLO offers follows the users."""
+        if self._users_terms:
+            mechanisms = self._mechanisms(self.authority)
+            for terms in self._users_terms:
+                terms.mechanisms = mechanisms
 
     def schedule(self) -> Schedule:
         queue = self.config.queue
@@ -217,6 +235,8 @@ class Generation:
             errors=limits.errors,
             useless=limits.useless,
         )
+        if authority is not None:
+            self._users_terms.append(terms)
         return Service(
             str(listener.address[0]),
             terms,

@@ -66,21 +66,22 @@ def read_header(octets: bytes) -> Header:
 
 
 _TOKEN = re.compile(
-    r'(?P<blank>[ \t\r\n]++)|(?P<comment>\()|(?P<quoted>"(?:[^"\\]|\\.)*+")|(?P<literal>\[[^\[\]\\]*+\])'
+    r'(?P<blank>[ \t\r\n]++)|(?P<comment>\()|(?P<quoted>"(?:[^"\\]|\\.)*")|(?P<literal>\[[^\[\]\\]*+\])'
     r"|(?P<atom>[^\x00-\x20\x7f()<>\[\]:;@\\,.\"]++)|(?P<mark>[<>:;@,.])",
     re.DOTALL,
 )
-_COMMENT = re.compile(r"(?:[^()\\]|\\.)*+([()])", re.DOTALL)
+_COMMENT = re.compile(r"(?:[^()\\]++|\\.)*([()])", re.DOTALL)
 _ENCODED = re.compile(r"=\?[^?]*\?[^?]*\?")
 WORDS = ("atom", "quoted")
 END = ("end", "")
 
 
-def parse_mailboxes(value: bytes) -> list[Address]:
-    """The mailboxes of an address list, those in groups too. Raises HeaderError."""
+def parse_mailboxes(value: bytes, home: str = "") -> list[Address]:
+    """The mailboxes of an address list, those in groups too. `home`: the domain of a name that has none; empty: it
+    must have one. Raises HeaderError."""
     if len(value) > VALUE_LIMIT:
         raise HeaderError("the field is too long")
-    return _List(_tokens(value.decode("utf-8", "surrogateescape"))).read()
+    return _List(_tokens(value.decode("utf-8", "surrogateescape")), home).read()
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:
@@ -109,8 +110,9 @@ def _tokens(text: str) -> list[tuple[str, str]]:
 class _List:
     """An address list that is being read. A token's kind is that of _TOKEN; a mark is its own kind."""
 
-    def __init__(self, tokens: list[tuple[str, str]]) -> None:
+    def __init__(self, tokens: list[tuple[str, str]], home: str) -> None:
         self._tokens = tokens
+        self._home = home
         self._place = 0
         self._found: list[Address] = []
 
@@ -141,7 +143,7 @@ class _List:
         while self._next in (*WORDS, "."):
             self._place += 1
         words = self._tokens[start : self._place]
-        if self._next == "@" and words:
+        if words and (self._next == "@" or (self._home and self._next in (",", ";", END[0]))):
             self._place = start
             self._read_spec()
         elif self._next == "<":
@@ -174,8 +176,10 @@ class _List:
         while self._next == ".":
             self._take(".")
             local += f".{self._read_word()}"
-        self._take("@")
-        domain = self._read_domain()
+        domain = self._home
+        if not domain or self._next == "@":
+            self._take("@")
+            domain = self._read_domain()
         if _ENCODED.search(local) or _ENCODED.search(domain):
             raise HeaderError("an encoded-word in an address")
         try:

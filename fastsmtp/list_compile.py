@@ -35,21 +35,21 @@ COARSE = 1024  # parts that the keys are sorted into first: they fit the process
 
 # Where each line of a block needs no second look. Local-parts and domains as address.py has them.
 _ATEXT = rb"[A-Za-z0-9!#$%&'*+/=?^_`{|}~-]++"
-_LOCAL = _ATEXT + rb"(?:\." + _ATEXT + rb")*+"
-_LABELS = rb"[A-Za-z0-9_]++(?:(?:-++|\.)[A-Za-z0-9_]++)*+"
+_LOCAL = _ATEXT + rb"(?:\." + _ATEXT + rb")*"
+_LABELS = rb"[A-Za-z0-9_]++(?:(?:-++|\.)[A-Za-z0-9_]++)*"
 # A path of 256 octets, with its brackets; the shorter ones are judged with a domain behind them.
-_PLAIN_MAILBOXES = re.compile(rb"(?:(?!#)(?=[^\n]{1,240}\n)" + _LOCAL + rb"\n)*+")
-_FULL_MAILBOXES = re.compile(rb"(?:(?!#)(?=[^\n]{1,254}\n)" + _LOCAL + rb"@(?=[^\n]{1,63}\n)" + _LABELS + rb"\n)*+")
+_PLAIN_MAILBOXES = re.compile(rb"(?:(?!#)(?=[^\n]{1,240}\n)" + _LOCAL + rb"\n)*")
+_FULL_MAILBOXES = re.compile(rb"(?:(?!#)(?=[^\n]{1,254}\n)" + _LOCAL + rb"@(?=[^\n]{1,63}\n)" + _LABELS + rb"\n)*")
 
 
 class _Wrong(ValueError):  # noqa: N818 - what is wrong with a line
     pass
 
 
-def compile_list(source: ListFile, folder: Path | None) -> int:
+def compile_list(source: ListFile, folder: Path | None, fewest: int = 0) -> int:
     """Makes the compiled form of a list in `folder`; None: only reads it. How many entries it has.
 
-    Raises ListError, and OSError when `folder` cannot be written to.
+    Raises ListError, also when it has less than `fewest`, and OSError when `folder` cannot be written to.
     """
     try:
         file = source.path.open("rb")
@@ -63,6 +63,9 @@ def compile_list(source: ListFile, folder: Path | None) -> int:
                 raise ListError(source.path, 0, "it was changed while it was read")
         except OSError as error:
             raise ListError(source.path, 0, f"cannot be read: {error.strerror}") from None
+    if made.entries < fewest:
+        why = f"it has {made.entries} entries, less than half of those before (`fastsmtp reload`, if that is meant)"
+        raise ListError(source.path, 0, why)
     if folder is not None:
         index_at = TEXT + sum(map(len, made.contents))
         index_at += -index_at % 8 if made.index else 0

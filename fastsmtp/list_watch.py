@@ -3,8 +3,9 @@
 In: a configuration. Out: compiled files that all workers take (lists.py). `prepare` returns when every list is there in
 its present version, or raises ListError, and nothing was published then that is not whole. A `Watcher`, which the
 supervisor has, looks at the text files once a second; a file that has changed, and then not for a second, is compiled.
-What is wrong is logged once, with file and line; the version before stays in force. All is done in forked processes,
-as the user that the workers are: whoever forks them has one thread. fork(2).
+What is wrong is logged once, with file and line; the version before stays in force. So it does when a list has lost
+over half of its entries: somebody may be writing it still, and what is missing would be refused for good. All is done
+in forked processes, as the user that the workers are: whoever forks them has one thread. fork(2).
 Not here: what is read and written (list_compile.py).
 """
 
@@ -26,6 +27,7 @@ from .toml_lines import Place
 
 FOLDER = "lists"  # in data_dir
 SECONDS = 1.0  # between two looks
+SMALL = 20  # entries: a list that has fewer may lose any number
 
 
 Become: TypeAlias = Callable[[], None] | None  # None: it stays who it is
@@ -87,6 +89,12 @@ def _is_current(file: ListFile, folder: Path) -> bool:
         return False
 
 
+def _half_of(file: ListFile, folder: Path) -> int:
+    """Of the entries that are in force; 0: of a small list."""
+    header = read_header(file.compiled(folder))
+    return (header.entries + 1) // 2 if header is not None and header.entries >= SMALL else 0
+
+
 class _Child(NamedTuple):
     """A process that compiles, and the memory that it answers in."""
 
@@ -94,7 +102,7 @@ class _Child(NamedTuple):
     answer: int
 
 
-def _fork(file: ListFile, folder: Path, become: Become) -> _Child:
+def _fork(file: ListFile, folder: Path, become: Become, fewest: int = 0) -> _Child:
     answer = os.memfd_create("list")
     try:
         pid = os.fork()
@@ -102,11 +110,11 @@ def _fork(file: ListFile, folder: Path, become: Become) -> _Child:
         os.close(answer)
         raise
     if pid == 0:
-        _compile_and_exit(file, folder, become, answer)
+        _compile_and_exit(file, folder, become, answer, fewest)
     return _Child(pid, answer)
 
 
-def _compile_and_exit(file: ListFile, folder: Path, become: Become, answer: int) -> NoReturn:
+def _compile_and_exit(file: ListFile, folder: Path, become: Become, answer: int, fewest: int) -> NoReturn:
     """The child: it keeps nothing open of its parent's, or clients would wait at a socket that nobody accepts from."""
     code = 1
     try:
@@ -124,7 +132,7 @@ def _compile_and_exit(file: ListFile, folder: Path, become: Become, answer: int)
         os.nice(5)
         said: dict[str, int | str]
         try:
-            said = {"entries": compile_list(file, folder)}
+            said = {"entries": compile_list(file, folder, fewest)}
         except ListError as error:
             said = {"line": error.line, "error": error.message}
         except OSError as error:
@@ -191,7 +199,7 @@ class Watcher:
             if stamp == seen and stamp != self._done[file]:
                 self._done[file] = stamp
                 try:
-                    self._child = (_fork(file, folder, self._become), file, now)
+                    self._child = (_fork(file, folder, self._become, _half_of(file, folder)), file, now)
                 except OSError as error:
                     self._log.write(logs.LIST_KEPT, str(file.path), 0, f"no process compiles it: {error.strerror}")
                 return

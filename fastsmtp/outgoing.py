@@ -106,8 +106,11 @@ class _Runner:
 
 
 class Ways:
-    """Made on the loop. `identity` is a short word of the data directory. `log` is for what transports see. `asks` is
-    where the runner of commands is asked, if it is another than that of the ways `before`."""
+    """Made on the loop, then built. `identity` is a short word of the data directory. `log` is for what transports see.
+    `asks` is where the runner of commands is asked, if it is another than that of the ways `before`."""
+
+    domains: Domains
+    route: Callable[[Address], tuple[str, Address]]
 
     def __init__(
         self,
@@ -137,6 +140,10 @@ class Ways:
         self._made: dict[str, tuple[object, Transport]] = {}  # with all that each was made of
         self.transports: dict[str, Transport] = {}
         self._own_ways: dict[tuple[str, Tls | None, int], str] = {}  # names of transports that routes have
+
+    def build(self) -> None:
+        """Raises OSError: what was made until then is among the parts."""
+        config = self._config
         for name, section in config.transport.items():
             self.transports[name] = self._make(name, section, config.queue.concurrency)
         ways = {route.domain: self._way_of(route) for route in config.route}

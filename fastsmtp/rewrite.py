@@ -32,6 +32,9 @@ UNTOUCHED = re.compile(r"multipart/(?:signed|encrypted|digest)|message/.*|applic
 # comes behind them stays as it is.
 PARTS = 1000
 DEPTH = 50
+# A type that everybody reads as the same: no comment, no encoded text.
+_TOKEN = rb"[^\x00-\x20\x7f-\xff()<>@,;:\\\"/\[\]?=]+"
+_PLAIN_TYPE = re.compile(rb"\s*%b/%b\s*(?:;|\Z)" % (_TOKEN, _TOKEN))
 FIELD = b"Content-Transfer-Encoding: quoted-printable\r\n"
 
 
@@ -161,6 +164,8 @@ class Rewriter:
             return plain
         if self._delimiter is not None and self._delimiter.search(head):
             return Mode.REST
+        if any(field.name == "content-type" and not _PLAIN_TYPE.match(field.value) for field in header.fields):
+            return plain
         # The library ends a header at an obsolete field ("Name :"), and would not see what stands behind it.
         part = message_from_bytes(b"".join([b"%b:%b" % (field.name.encode(), field.value) for field in header.fields]))
         kind = part.get_content_type()

@@ -21,13 +21,13 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from email.utils import formataddr, formatdate, getaddresses, make_msgid
+from email.utils import formataddr, formatdate, make_msgid
 from pathlib import Path
 from typing import NamedTuple
 
 from .address import NULL, Address, AddressError, parse_address
 from .config import Config, ConfigError, default, load
-from .header import read_header
+from .header import HeaderError, parse_mailboxes, read_header
 from .local_socket import SUBMIT, connect, workers
 from .submission import render_missing
 
@@ -227,11 +227,15 @@ def _addresses(values: Sequence[str], hostname: str) -> list[Address]:
     for value in values:
         if _CONTROL.search(value):  # the parser would read on behind it
             raise RefusedError(os.EX_DATAERR, f"{value!a} is no address: it holds a control character")
+    return [address for value in values for address in _parse_list(value, hostname)]
+
+
+def _parse_list(text: str, hostname: str) -> list[Address]:
     try:
-        found = getaddresses(values)
-    except RecursionError:
-        raise RefusedError(os.EX_DATAERR, f"{values[0][:40]!a}... is no address: comments in comments") from None
-    return [_parse(text, hostname) for _, text in found if text]
+        return parse_mailboxes(text.encode("utf-8", "surrogateescape"), hostname)
+    except HeaderError as error:
+        shown = f"{text!a}" if len(text) <= 80 else f"{text[:80]!a}..."
+        raise RefusedError(os.EX_DATAERR, f"{shown} is no address: {error}") from None
 
 
 def _parse(text: str, hostname: str) -> Address:

@@ -155,6 +155,7 @@ class Worker:
         )
         self._use_certificates(seat.settings)
         self._generation = Generation(seat.settings, self._tools, seat.asks)
+        self._generation.build()
         for spool in self._spools:
             self._queues.append(self._make_queue(spool))
         self._guard = Guard(self._loop, self._doors, self._log)
@@ -224,6 +225,11 @@ class Worker:
         """Makes what a configuration needs. Raises OSError and ValueError, and has changed nothing then."""
         self.forget()
         generation = Generation(order.settings, self._tools, asks, self._generation)
+        try:
+            generation.build()
+        except BaseException:
+            self._close_later(generation)
+            raise
         self._next = (generation, order, list(sockets))
 
     def forget(self) -> None:
@@ -312,6 +318,8 @@ class Worker:
         """Once a second."""
         self._loop.call_later(1.0, self._tick)
         self._seat.shared.beat(self._seat.index, time.monotonic())
+        for generation in (self._generation, *self._former):
+            generation.tick()
         for service in self._services:
             service.tick()
         for queue in self._queues:

@@ -10,6 +10,7 @@ Not here: the reverse-path (policy/senders.py), Received (message.py). RFC 6409 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -28,6 +29,10 @@ from .rights import Rights
 
 Cuts: TypeAlias = tuple[tuple[int, int], ...]
 
+BLIND = ("bcc", "resent-bcc")
+
+# To whoever takes any line end for one, and reads on behind what is no field.
+_ANY_BCC = re.compile(rb"(?:\A|[\r\n])(?:resent-)?bcc[ \t]*:", re.IGNORECASE)
 MOST_AUTHORS = 100  # of one From: each takes up to 0.3 ms to read
 
 
@@ -92,6 +97,11 @@ def prepare(rules: Rules, octets: bytes, submitter: Submitter) -> Changes | Repl
     fields: dict[str, list[Field]] = {}
     for field in header.fields:
         fields.setdefault(field.name, []).append(field)
+    if rules.complete and rules.remove_bcc:
+        # One that cannot be cut would tell everybody who must not be told.
+        found = sum(len(fields.get(name, ())) for name in BLIND)
+        if len(_ANY_BCC.findall(octets)) != found:
+            return R550_HEADER_MALFORMED
     cuts: list[tuple[int, int]] = []
     names_sender = False
     if rules.author != "off":
@@ -127,7 +137,7 @@ def _complete(
     if header.start:
         cuts.append((0, header.start))
     if rules.remove_bcc:
-        cuts += [field[1:3] for name in ("bcc", "resent-bcc") for field in fields.get(name, ())]
+        cuts += [field[1:3] for name in BLIND for field in fields.get(name, ())]
     wanted = {
         "From": submitter.address.wire,
         "Date": submitter.date,

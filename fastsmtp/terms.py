@@ -1,9 +1,10 @@
 """What one listener demands and offers: the same for all its sessions, and its answer to EHLO in each state.
 
 In: the configuration's values, and functions that the session calls without waiting. Out: `Terms`, read by sessions
-and never changed; a reload makes new ones for the sessions that begin then. EHLO's answer is made once for each state
-that a session can be in, so a listener has a handful of them. Which extension is offered when is decided by the table
-of extensions.py; which mechanisms of AUTH can succeed, by auth.py. RFC 5321 4.1.1.1, 4.2.
+and never changed, but for `mechanisms`, which follow the users; a reload makes new ones for the sessions that begin
+then. EHLO's answer is made once for each state that a session can be in, so a listener has a handful of them. Which
+extension is offered when is decided by the table of extensions.py; which mechanisms of AUTH can succeed, by auth.py.
+RFC 5321 4.1.1.1, 4.2.
 """
 
 from __future__ import annotations

@@ -100,13 +100,14 @@ class ScramKeys:
 
 class Proved:
     """A proof of SCRAM was right (`ok`) or wrong: not a question about the user, but about whether he may go on, and
-    the answer to a wrong one takes as long as that to a wrong password."""
+    the answer to a wrong one takes as long as that to a wrong password. `paid` is that of the Verdict with the keys."""
 
-    __slots__ = ("name", "ok")
+    __slots__ = ("name", "ok", "paid")
 
-    def __init__(self, name: str, ok: bool) -> None:
+    def __init__(self, name: str, ok: bool, paid: object = None) -> None:
         self.name = name
         self.ok = ok
+        self.paid = paid
 
 
 class Token:
@@ -194,10 +195,11 @@ class Verdict:
     next, None when that takes everything or has not been heard. `ours`: the mailbox is in a domain served here.
     `turned`: what the connection becomes when the reply was sent (ATRN).
     At AUTH `user` is the canonical name of whom it is about; a Verdict without it grants nothing. `keys` answers
-    ScramKeys, for unknown names with an empty `user`. `problem` says why a token is refused, in a word of RFC 7628.
+    ScramKeys, for unknown names with an empty `user`; `paid` is what the attempt cost. `problem` says why a token is
+    refused, in a word of RFC 7628.
     """
 
-    __slots__ = ("hop", "keys", "members", "ours", "problem", "reason", "recipient", "reply", "turned", "user")
+    __slots__ = ("hop", "keys", "members", "ours", "paid", "problem", "reason", "recipient", "reply", "turned", "user")
 
     def __init__(
         self,
@@ -211,6 +213,7 @@ class Verdict:
         keys: Keys | None = None,
         problem: str = "",
         members: tuple[Member, ...] = (),
+        paid: object = None,
     ) -> None:
         self.reason = reason
         self.reply = reply
@@ -222,6 +225,7 @@ class Verdict:
         self.keys = keys
         self.problem = problem
         self.members = members
+        self.paid = paid
 
 
 class Store:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ import fastsmtp
 
 
 def pytest_configure() -> None:
-    """Python prefers a compiled module to its source, so an edit of that would not be tested."""
+    """Python prefers a compiled module to its source, so an edit of that would not be tested. A shell's background job
+    ignores SIGINT, and so would every server that a test starts."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     folder = Path(fastsmtp.__file__).parent
     for library in folder.rglob("*.so"):
         source = library.parent / f"{library.name.partition('.')[0]}.py"

@@ -6,7 +6,7 @@ import asyncio
 import smtplib
 from base64 import b64decode, b64encode
 from itertools import pairwise
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from cryptography import x509
@@ -19,7 +19,9 @@ from wire import Bench, bench
 
 from fastsmtp import auth
 from fastsmtp.metrics import Counter
+from fastsmtp.policy.limits import Limits
 from fastsmtp.service import Times
+from fastsmtp.verdict import Client
 
 __all__ = ["papers"]
 
@@ -55,6 +57,41 @@ def test_a_failure_is_told_and_counted() -> None:
         }
         player.vanish()
         assert made.logged("session")[0]["user"] is None
+
+
+class Failures:
+    """Limits that count failures, and nothing else."""
+
+    def __init__(self) -> None:
+        self.counted = 0
+
+    def admit(self, ip: str) -> None:
+        return None
+
+    def leave(self, ip: str) -> None:
+        pass
+
+    def fail(self, client: Client) -> None:
+        self.counted += 1
+
+
+@pytest.mark.parametrize(("role", "expected"), [("submission", 0), ("mx", 3)])
+def test_a_guess_where_users_send_turns_no_office_away(role: str, expected: int) -> None:
+    """Behind its address are many; what a password may cost there is counted where passwords are."""
+    with bench(role, users=Users(), auth_clear=True) as made:
+        failures = Failures()
+        made.service.limits = cast("Limits", failures)
+        player = made.connect()
+        player.say("EHLO c")
+        for _ in range(2):
+            player.say(f"AUTH PLAIN {plain('ann', SECRET)}")
+        player.say("AUTH PLAIN")
+        assert player.say(plain("ann", SECRET))[0].startswith("421 ")
+        assert failures.counted == expected
+        player = made.connect()
+        player.say("EHLO c")
+        player.say("JUNK")
+        assert failures.counted == expected + 1
 
 
 def test_a_user_is_named_with_the_message_and_the_session() -> None:

@@ -1332,6 +1332,30 @@ def test_warnings_of_what_goes_out() -> None:
         assert ("[transport.x]: mail crosses the network to" in found) == crosses
 
 
+def test_warnings_of_whose_certificates_are_believed(tmp_path: Path) -> None:
+    tls = 'tls = { certificate = "c", key = "k" }\n'
+    listener = '[[listener]]\naddress = "h:1"\nrole = "submission"\nclient_ca = "/etc/ssl/certs/ca-certificates.crt"\n'
+    submission = tls + listener
+    assert "h:1: client_ca /etc/ssl/certs/ca-certificates.crt is for servers of anybody" in warn(submission)
+    (link := tmp_path / "ours.pem").symlink_to("/etc/ssl/certs/ca-certificates.crt")
+    linked = submission.replace("/etc/ssl/certs/ca-certificates.crt", str(link))
+    assert "is for servers of anybody" in warn(linked)
+    ours = submission.replace("/etc/ssl/certs/ca-certificates.crt", "ours.pem")
+    assert "client_ca" not in warn(ours)
+    mx = ours.replace("submission", "mx")
+    assert "h:1: hosts that show a certificate of another authority" in warn(mx)
+    assert "another authority" not in warn(mx + 'client_certificate = "required"\n')
+
+
+def test_warning_of_a_customer_who_may_be_anybody() -> None:
+    row = '[[customer]]\nnetworks = ["192.0.2.0/24", "{}"]\ndomains = ["a.example"]\n'
+    assert "[[customer]] networks: 0.0.0.0/0 lets anybody ask for the mail of a.example" in warn(
+        SERVED + row.format("0.0.0.0/0")
+    )
+    assert "[[customer]] networks: ::/0 lets" in warn(SERVED + row.format("::/0"))
+    assert "[[customer]]" not in warn(SERVED + row.format("10.0.0.0/8"))
+
+
 def test_warning_of_an_mx_on_loopback_that_relays() -> None:
     for address, role, network, warned in (
         ("127.0.0.1:25", "mx", "127.0.0.0/8", True),

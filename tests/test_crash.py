@@ -41,7 +41,7 @@ ON_DISKS = (
 )
 DAMAGED = (("damage.body-flip", 1), ("damage.body-pipe", 1), ("damage.database-cut", 1))
 BROKEN = (("disk.full-ext4", 1), ("disk.eio-once", 1), ("disk.eio-kill", 1), ("network.swallow", 1))
-TRIES = 8  # a fault's moment is the machine's: a mistake loses nothing in some runs
+TRIES = 30  # a fault's moment is the machine's: a mistake loses nothing in some runs
 GROUPS = ("kill", "power", "sweep", "disk", "damage", "network", "limits")
 LAYOUTS = ("ext4-two", "ext4-one", "xfs-two", "xfs-one")
 # What a mailbox loses is seen best when nothing else is written behind it.

@@ -158,8 +158,59 @@ def test_who_is_stopped_learns_nothing_of_who_was_just_here() -> None:
     async def test() -> None:
         bench = Bench([Scripted()])
         assert await bench.words(RIGHT) == ["authenticated"]
-        await bench.words(*[Password(f"u{n}@x.test", "wrong") for n in range(5)])
+        await bench.words(*[Password("ann@x.test", f"wrong{n}") for n in range(5)])
         assert await bench.words(RIGHT) == ["too-many-failures"]
+
+    run(test)
+
+
+def test_a_telephone_with_an_old_password_does_not_lock_its_office_out() -> None:
+    """Behind one NAT: who was right there lately goes on; who guesses there does so no longer than elsewhere."""
+
+    async def test() -> None:
+        bench = Bench([store := Scripted()], cache=0)
+        bob, eve, new = (Password(f"{name}@x.test", "right") for name in ("bob", "eve", "new"))
+        assert await bench.words(bob, eve) == ["authenticated"] * 2
+        phone = [Password("ann@x.test", f"old{n}") for n in range(7)]
+        assert await bench.words(*phone) == ["bad-credentials"] * 5 + ["too-many-failures"] * 2
+        assert await bench.words(bob, eve) == ["authenticated"] * 2
+        assert await bench.words(new) == ["too-many-failures"]
+        # Bob was right here lately; guessing his password here ends all the same, and stops nobody but him.
+        asked = len(store.asked)
+        guesses = [Password("bob@x.test", f"guess{n}") for n in range(9)]
+        assert await bench.words(*guesses, bob) == ["bad-credentials"] * 5 + ["too-many-failures"] * 5
+        assert len(store.asked) == asked + 5
+        assert await bench.words(eve) == ["authenticated"]
+        bench.now += 121.0
+        assert await bench.words(bob) == ["authenticated"]
+
+    run(test)
+
+
+def test_a_bucket_for_one_user_is_not_the_address() -> None:
+    """What one user fails by, where he was right lately, costs the others there nothing."""
+
+    async def test() -> None:
+        bench = Bench([Scripted()], cache=0)
+        assert await bench.words(RIGHT) == ["authenticated"]
+        await bench.words(*[Password("ann@x.test", f"old{n}") for n in range(9)])
+        assert await bench.words(Password("new@x.test", "right")) == ["authenticated"]
+
+    run(test)
+
+
+def test_a_proof_gives_back_only_what_its_keys_cost() -> None:
+    """Let in although the user's bucket was full: then nothing was taken there."""
+
+    async def test() -> None:
+        bench = Bench([Scripted()], user=Rate(3, 3600.0), cache=0.0)
+        assert await bench.words(RIGHT) == ["authenticated"]
+        assert await bench.words(*[WRONG] * 3, ip="192.0.2.9") == ["bad-credentials"] * 3
+        for _ in range(3):
+            paid = (await bench.ask(ScramKeys("ann@x.test"))).paid
+            assert await bench.words(Proved("ann@x.test", True, paid)) == ["authenticated"]
+        assert await bench.words(WRONG, ip="192.0.2.9") == ["too-many-failures"]
+        assert await bench.words(Proved("ann@x.test", True)) == ["auth-unavailable"]
 
     run(test)
 
@@ -389,12 +440,12 @@ def test_scram_is_paid_back_when_it_is_proved() -> None:
             verdict = await bench.ask(ScramKeys("Ann@x.test"))
             assert verdict.keys is not None
             assert (verdict.reply, verdict.user) == (None, "")
-            proved = await bench.ask(Proved("Ann@x.test", True))
+            proved = await bench.ask(Proved("Ann@x.test", True, verdict.paid))
             assert (proved.reply, proved.user) == (None, "ann@x.test")
         assert bench.slept == []
         for _ in range(5):
-            await bench.ask(ScramKeys("ann@x.test"))
-            assert await bench.words(Proved("ann@x.test", False)) == ["bad-credentials"]
+            paid = (await bench.ask(ScramKeys("ann@x.test"))).paid
+            assert await bench.words(Proved("ann@x.test", False, paid)) == ["bad-credentials"]
         assert await bench.words(ScramKeys("ann@x.test")) == ["too-many-failures"]
         assert len(bench.slept) == 5
 

@@ -7,6 +7,8 @@ import os
 import threading
 import time
 from base64 import b64encode
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +29,7 @@ from fastsmtp.credentials.file import (
 from fastsmtp.credentials.hashes import NICENESS, NOBODYS, THREADS, WAITING, Hashes, check_form, hash_password, verify
 from fastsmtp.credentials.scram import (
     ITERATIONS,
+    Shape,
     fits,
     imagine_keys,
     make_keys,
@@ -135,6 +138,31 @@ def test_scram_is_offered_when_every_user_has_keys(tmp_path: Path) -> None:
     (bob,) = check(directory(path), ScramKeys("bob"))
     assert isinstance(bob, Account)
     assert bob.name == ""
+
+
+def test_imagined_keys_are_such_as_users_have(tmp_path: Path) -> None:
+    """Else keys that were brought from elsewhere would show who exists."""
+    usual, brought, rare = make_keys("x", 4096), make_keys("x", 1000, b"s" * 20), make_keys("x", 15_000, b"s" * 40)
+    keys = [usual] * 70 + [brought] * 29 + [rare]
+    path = write(tmp_path / "users", *[f"u{n}:{HASH}:{render_keys(each)}:" for n, each in enumerate(keys)])
+    store = directory(path)
+    assert "SCRAM-SHA-256" in store.mechanisms
+
+    def shapes() -> list[tuple[int, int]]:
+        accounts = check(store, *[ScramKeys(f"nobody{n}") for n in range(400)])
+        found = [cast("Account", each).keys for each in accounts]
+        return [(each.iterations, len(each.salt)) for each in found if each is not None]
+
+    before = shapes()
+    tally = Counter(before)
+    assert set(tally) <= {(4096, 16), (1000, 20), (15_000, 40)}
+    assert 230 < tally[4096, 16] < 330
+    assert 70 < tally[1000, 20] < 170
+    assert shapes() == before
+    # Who joins changes nobody's but a few.
+    write(path, *[f"u{n}:{HASH}:{render_keys(each)}:" for n, each in enumerate([*keys, usual])])
+    after = shapes()
+    assert sum(one != other for one, other in zip(before, after, strict=True)) < 20
 
 
 def test_a_user_without_a_password_cannot_log_in(tmp_path: Path) -> None:
@@ -413,10 +441,11 @@ def test_what_are_no_keys(text: str) -> None:
 
 
 def test_imagined_keys_depend_on_secret_and_name() -> None:
-    one = imagine_keys(SECRET, "ann", 4096)
-    assert one.salt == imagine_keys(SECRET, "ann", 4096).salt
-    assert one.salt != imagine_keys(SECRET, "bob", 4096).salt
-    assert one.salt != imagine_keys(b"t" * 32, "ann", 4096).salt
+    shapes = {(4096, 16): 1}
+    one = imagine_keys(SECRET, "ann", shapes)
+    assert one.salt == imagine_keys(SECRET, "ann", shapes).salt
+    assert one.salt != imagine_keys(SECRET, "bob", shapes).salt
+    assert one.salt != imagine_keys(b"t" * 32, "ann", shapes).salt
     assert len({one.salt, one.stored_key[:16], one.server_key[:16]}) == 3
 
 
@@ -518,7 +547,7 @@ def test_being_busy_is_no_trouble(path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_what_a_store_cannot_compare_is_trouble() -> None:
     class Odd:
         label = "odd"
-        iterations = 0
+        shapes: Mapping[Shape, int] = {}
 
         def stamp(self, name: str) -> object:
             return None

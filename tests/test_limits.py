@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peer import Peer, unverified
+from peer import GoneError, Peer, unverified
 from sending import make_certificate
 from servers import running, toml
 
@@ -435,6 +435,27 @@ def test_before_tls_a_client_over_its_limits_is_gone(tmp_path: Path) -> None:
         server.wait_for("tls-failed", 3)
         with secure(server.address, SOURCES[1]) as another:
             assert greeting(another).startswith(b"220 ")
+
+
+def test_handshakes_are_sessions(tmp_path: Path) -> None:
+    """Who connects and never begins TLS takes the place of a session, as on other listeners, and gives it back."""
+    certificate = make_certificate(tmp_path, "mx.here.test")
+    listeners = '[[listener]]\naddress = "127.0.0.1:0"\ntls = "implicit"\n'
+    tables = f'[tls]\ncertificate = "{certificate}"\nkey = "{certificate}"\n[limits]\nsessions = 2\n'
+    with running(tmp_path, toml(tmp_path, listeners=listeners, tables=tables)) as server:
+        with ExitStack() as stack:
+            for number in range(3):
+                last = stack.enter_context(closing(connect(server.address, SOURCES[number])))
+            assert last.recv(1) == b""
+        server.wait(lambda: _is_let_in(server.address), "the places of the first two")
+
+
+def _is_let_in(address: str) -> bool:
+    try:
+        with Peer(address, implicit_tls=True):
+            return True
+    except (OSError, GoneError):
+        return False
 
 
 def test_lmtp_is_not_limited(tmp_path: Path) -> None:

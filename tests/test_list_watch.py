@@ -151,6 +151,36 @@ def test_a_change_is_taken_when_it_is_over(config: Config, tmp_path: Path, log: 
     assert len(watched.events) == 1
 
 
+def test_a_list_that_loses_its_half_at_once_is_kept(config: Config, tmp_path: Path, log: Logged) -> None:
+    """Written in place by a program that is slow, or out of an empty database; a reload takes it all the same."""
+    boxes = tmp_path / "boxes"
+
+    def write(entries: int) -> None:
+        boxes.write_text("".join(f"u{n}\n" for n in range(entries)))
+
+    write(100)
+    prepare(config)
+    watched = Watched(config, log)
+    watched.pass_time(1.0)
+    for entries in (50, 24, 25):
+        write(entries)
+        for _ in range(4):
+            watched.pass_time(1.0)
+    assert watched.events == [("list-published", 50), ("list-kept", 0), ("list-published", 25)]
+    assert "24 entries, less than half of those before" in watched.lines()[1]["why"]
+    write(1)
+    watched.pass_time(1.0)
+    watched.pass_time(1.0)
+    assert opened(config, tmp_path).has("u20", "here.test")
+    prepare(config)
+    assert not opened(config, tmp_path).has("u20", "here.test")
+    for entries in (19, 0):
+        write(entries)
+        watched.pass_time(1.0)
+        watched.pass_time(1.0)
+    assert watched.events[-2:] == [("list-published", 19), ("list-published", 0)]
+
+
 def test_what_is_wrong_is_said_once(config: Config, tmp_path: Path, log: Logged) -> None:
     prepare(config)
     watched = Watched(config, log)

@@ -42,6 +42,7 @@ def with_ways(text: str, look: Callable[[Ways], Awaitable[T]]) -> T:
         log = Log(log_fd, human=False, clock=lambda: 0.0, threaded=False)
         settings = Settings(config, {"provider": "secret"})
         ways = Ways(settings, 0, log, "test", asks)
+        ways.build()
         try:
             return await look(ways)
         finally:

@@ -195,6 +195,31 @@ def test_a_worker_that_cannot_changes_nothing_anywhere(tmp_path: Path) -> None:
             assert reload(server, configuration.replace("[[domain]]", "[limits]\nreceived = 5\n[[domain]]"))
 
 
+def test_what_was_begun_for_a_configuration_that_cannot_be_had_is_closed(tmp_path: Path) -> None:
+    """What the users need is damaged; the ways out are made before."""
+
+    def descriptors() -> list[int]:
+        return [len(os.listdir(f"/proc/{pid}/fd")) for pid in server.workers()]
+
+    configuration = toml(tmp_path, workers=2)
+    with running(tmp_path, configuration) as server:
+        text = configuration + (
+            '[[customer]]\nnetworks = ["192.0.2.0/24"]\ndomains = ["f.test"]\n[transport.fetched]\ntype = "odmr"\n'
+            '[[domain]]\nname = "f.test"\nrecipients = "any"\ntransport = "fetched"\n'
+            '[[listener]]\naddress = "127.0.0.1:0"\nrole = "odmr"\n[auth]\nusers_file = "users"\n'
+        )
+        users = server.folder / "users"
+        users.touch(0o600)
+        users.write_text("# fastsmtp users 1\n")
+        (server.folder / "data" / "auth-secret").write_bytes(b"short")
+        (server.folder / "fastsmtp.toml").write_text(text)
+        before = descriptors()
+        for _ in range(4):
+            refused = run_reload(server)
+            assert (refused.returncode, refused.stderr[:7]) == (1, "worker "), refused.stderr
+        server.wait(lambda: sum(descriptors()) < sum(before) + 4, "what was begun is closed")
+
+
 def test_what_needs_a_restart_is_named_and_left(tmp_path: Path) -> None:
     with running(
         tmp_path, toml(tmp_path, listeners=f'{LISTENER}[[listener]]\naddress = "unix:{tmp_path}/s"\nmode = "0600"\n')

@@ -108,6 +108,12 @@ KEPT = {
     "DKIM": signed("DKIM-Signature"),
     "DKIM, folded name": signed("dkim-signature "),
     "ARC": signed("ARC-Message-Signature"),
+    "signed, behind a comment": multipart(plain(LONG), kind="signed").replace(b" multipart", b" (x) multipart"),
+    "signed, before a comment": multipart(plain(LONG), kind="signed").replace(b"signed;", b"signed (x);"),
+    "signed, with a comment inside": multipart(
+        multipart(plain(LONG), plain(b"x"), kind="signed", boundary="=_b2", header=b"").replace(b"/sig", b"(a)/(b)sig")
+    ),
+    "a type that nobody can read": TOP + plain(LONG, b"Content-Type: =?utf-8?q?multipart/signed?="),
     "S/MIME": multipart(plain(LONG, PLAIN), plain(b"x", BASE64), kind="signed"),
     "signed, behind an obsolete field": b"X :y\r\n" + multipart(plain(LONG), kind="signed"),
     "encrypted": multipart(plain(b"Version: 1"), plain(LONG), kind="encrypted"),

@@ -205,6 +205,29 @@ def test_where_users_log_in_on_an_mx_only_the_author_is_checked() -> None:
         assert prepare(rules, header, submitter()) is R550_HEADER_MALFORMED
 
 
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"From: a@b.test\r\nno field\r\nBcc: x@y.test\r\n\r\n",
+        b"From: a@b.test\nBcc: x@y.test\nSubject: x\n\r\n",
+        b"From: a@b.test\rbcc : x@y.test\r\n\r\n",
+        b"no field\r\nResent-BCC: x@y.test\r\n\r\n",
+        b"From: a@b.test\r\n\nBcc: x@y.test\r\n\r\n",
+        b"Bcc: w@y.test\nBcc: x@y.test\r\n\r\n",
+    ],
+)
+def test_a_bcc_that_cannot_be_taken_out_is_refused(header: bytes) -> None:
+    """Whoever gets the message would read it."""
+    assert prepare(OFF, header, submitter()) == R550_HEADER_MALFORMED
+    assert isinstance(prepare(Rules("off", remove_bcc=False), header, submitter()), Changes)
+    assert isinstance(prepare(Rules("off", complete=False), header, submitter()), Changes)
+
+
+def test_a_bcc_that_is_none() -> None:
+    header = b"Subject: about\r\n Bcc: x\r\nX-Bcc: y\r\nBcc-Note: z\r\n" + COMPLETE + b"From: a@b.test\r\n\r\n"
+    assert change(OFF, header) == Changes(b"", ())
+
+
 def test_a_line_of_an_mbox_file_is_taken_out() -> None:
     header = b"From ann Mon Jan\r\nFrom: ann@example.org\r\n" + COMPLETE + b"\r\n"
     assert whole(REFUSE, header) == header.partition(b"\r\n")[2]

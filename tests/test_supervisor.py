@@ -482,9 +482,12 @@ def descriptors(pid: int) -> dict[str, str]:
     found = {}
     for number in os.listdir(f"/proc/{pid}/fd"):
         if int(number) > 2:
-            flags = Path(f"/proc/{pid}/fdinfo/{number}").read_text().split("flags:")[1].split()[0]
+            try:
+                flags = Path(f"/proc/{pid}/fdinfo/{number}").read_text().split("flags:")[1].split()[0]
+                found[number] = os.readlink(f"/proc/{pid}/fd/{number}")
+            except FileNotFoundError:  # closed meanwhile
+                continue
             assert int(flags, 8) & os.O_CLOEXEC, number
-            found[number] = os.readlink(f"/proc/{pid}/fd/{number}")
     return found
 
 

@@ -141,9 +141,9 @@ class Authority:
         if question is None:
             return UNAVAILABLE
         name = canonical(question.name)
-        attempt = self._guessing.attempt(client.ip, name)
         if isinstance(question, Proved):
-            return self._prove(question, name, attempt)
+            return self._prove(question, name)
+        attempt = self._guessing.attempt(client.ip, name)
         store = self._stores.get(type(question))
         if store is None:
             return UNAVAILABLE
@@ -226,10 +226,13 @@ class Authority:
         answer = await asyncio.shield(task)
         if answer is None:
             return UNAVAILABLE
-        return _accept(answer) if isinstance(answer, Account) else await self._refuse(answer, attempt, begun)
+        return _accept(answer, attempt) if isinstance(answer, Account) else await self._refuse(answer, attempt, begun)
 
-    def _prove(self, question: Proved, name: str, attempt: Attempt) -> Verdict | Awaitable[Verdict]:
+    def _prove(self, question: Proved, name: str) -> Verdict | Awaitable[Verdict]:
         """The attempt was spent when the keys were asked for."""
+        attempt = question.paid
+        if not isinstance(attempt, Attempt):
+            return UNAVAILABLE
         if question.ok:
             attempt.succeed()
             return _accept(Account(name))
@@ -270,5 +273,5 @@ class Authority:
             self._log.write(logs.AUTH_TROUBLE, label, str(trouble))
 
 
-def _accept(account: Account) -> Verdict:
-    return Verdict("authenticated", user=account.name, keys=account.keys)
+def _accept(account: Account, paid: Attempt | None = None) -> Verdict:
+    return Verdict("authenticated", user=account.name, keys=account.keys, paid=paid)

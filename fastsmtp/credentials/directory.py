@@ -8,7 +8,7 @@ password: the operator hears of it. Not here: where records come from, and what 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass, field
 from inspect import isawaitable
 from typing import Protocol, TypeAlias
@@ -17,7 +17,7 @@ from ..rights import Rights
 from ..verdict import Client, Identity, Keys, Password, ScramKeys, Token
 from . import Account, Answer, Asked, Denied, Found, UnavailableError, canonical
 from .hashes import NOBODYS, Hashes
-from .scram import ITERATIONS, imagine_keys
+from .scram import Shape, imagine_keys
 
 PASSWORDS = frozenset(("PLAIN", "LOGIN", "EXTERNAL"))
 SCRAM = frozenset(("SCRAM-SHA-256", "SCRAM-SHA-256-PLUS"))
@@ -37,13 +37,13 @@ Sought: TypeAlias = Record | None
 
 
 class Source(Protocol):
-    """Where records are. `iterations` is the count that users' SCRAM keys have; 0: not every user has such keys, so
-    SCRAM is not offered."""
+    """Where records are. `shapes` are those that users' SCRAM keys have, with how many have each; none: not every user
+    has such keys, so SCRAM is not offered."""
 
     label: str
 
     @property
-    def iterations(self) -> int: ...
+    def shapes(self) -> Mapping[Shape, int]: ...
 
     def stamp(self, name: str) -> object:
         """As a store's."""
@@ -68,7 +68,7 @@ class Directory:
 
     @property
     def mechanisms(self) -> frozenset[str]:
-        return PASSWORDS | SCRAM if self._source.iterations else PASSWORDS
+        return PASSWORDS | SCRAM if self._source.shapes else PASSWORDS
 
     async def check(self, question: Asked, client: Client) -> Answer:
         name = canonical(question.name)
@@ -104,7 +104,7 @@ class Directory:
 
     def _keys(self, record: Sought, name: str) -> Account:
         if record is None or record.keys is None:
-            return Account("", keys=imagine_keys(self._secret, name, self._source.iterations or ITERATIONS))
+            return Account("", keys=imagine_keys(self._secret, name, self._source.shapes))
         return Account(record.name, record.rights, record.keys)
 
 

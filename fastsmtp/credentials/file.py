@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import stat
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,11 +25,11 @@ from pathlib import Path
 from . import UnavailableError
 from .directory import Record
 from .hashes import check_form
-from .scram import ITERATIONS, parse_keys, render_keys
+from .scram import USUAL, Shape, parse_keys, render_keys
 from .senders import parse_senders
 
 HEADER = "# fastsmtp users 1"
-_WITH_KEYS = re.compile(r"^[^:#\n][^:\n]*:[^:\n]*:\{SCRAM-SHA-256\}([0-9]{1,7}),", re.MULTILINE)
+_WITH_KEYS = re.compile(r"^[^:#\n][^:\n]*:[^:\n]*:\{SCRAM-SHA-256\}([0-9]{1,7}),([A-Za-z0-9+/]*)", re.MULTILINE)
 
 
 class UsersError(OSError):
@@ -46,7 +47,12 @@ class Users:
         self._lines: Mapping[str, str] = {}
         self._seen: tuple[int, ...] = ()
         self._trouble = ""
-        self.iterations = 0
+        self._shapes: Mapping[Shape, int] = {}
+
+    @property
+    def shapes(self) -> Mapping[Shape, int]:
+        self._refresh()
+        return self._shapes
 
     def load(self) -> None:
         """Raises UsersError."""
@@ -55,10 +61,9 @@ class Users:
             text = _read(self._path, descriptor)
         self._lines = split_lines(self._path, text)
         # Offered when everybody can do it: a client that is offered it tries nothing else.
-        counts = _WITH_KEYS.findall(text)
-        self.iterations = int(counts[0]) if counts and len(counts) == len(self._lines) else 0
-        if not self._lines:
-            self.iterations = ITERATIONS
+        found = _WITH_KEYS.findall(text)
+        shapes = Counter((int(count), len(salt) * 3 // 4) for count, salt in found)
+        self._shapes = (shapes or {USUAL: 1}) if len(found) == len(self._lines) else {}
 
     def stamp(self, name: str) -> object:
         self._refresh()

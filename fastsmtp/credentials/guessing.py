@@ -2,8 +2,9 @@
 
 In: who asks, for which user. Out: whether he may, and how long a no is to take. There is a bucket for each address (of
 IPv6 for its /64, which is one customer's) and one for each user. An attempt is spent before anything is looked up and
-given back when it was right, so that a thousand at once are no more than the bucket holds. A full bucket of a user
-stops nobody at an address that succeeded for that user within a day: nobody can lock another out.
+given back when it was right, so that a thousand at once are no more than the bucket holds. An address that succeeded
+for a user within a day has a bucket of its own for him, in the place of the address's: neither who guesses his password
+elsewhere nor who guesses others' behind the same NAT can lock him out, and guessing his from there ends as soon.
 Not here: what a failure is, and who waits. Nothing fails: what the table forgets is only asked again.
 """
 
@@ -19,6 +20,7 @@ from ..config_values import Rate
 ADDRESS = 100
 USER = 101
 LATELY = 102
+OWN = 103
 
 LATELY_SECONDS = 86_400.0
 # What a no takes: a second, and so much more for each failure that is still in the bucket.
@@ -52,16 +54,17 @@ class Guessing:
         network = network_of(ip)
         key = self.shared.key
         name = user.encode()
-        return Attempt(
-            self,
-            key(ADDRESS, network) if network and not self._unlimited(ip) else 0,
-            key(USER, name) if name else 0,
-            key(LATELY, network + b"\0" + name) if name else 0,
-        )
+        both = network + b"\0" + name
+        lately = key(LATELY, both) if name else 0
+        address = key(ADDRESS, network) if network and not self._unlimited(ip) else 0
+        if address and lately and self.shared.owes(lately, LATELY_SECONDS, 1.0, self.now()) > 0.0:
+            address = key(OWN, both)
+        return Attempt(self, address, key(USER, name) if name else 0, lately)
 
 
 class Attempt:
-    """One attempt of one client for one user. A key of 0: there is no such bucket."""
+    """One attempt of one client for one user: what is spent is given back by the same. A key of 0: there is no such
+    bucket. `address` is the key of the address's bucket, or of that which it has for this user."""
 
     __slots__ = ("_address", "_guessing", "_lately", "_user")
 

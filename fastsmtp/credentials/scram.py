@@ -2,9 +2,9 @@
 
 In: passwords as SASLprep leaves them, texts of a store. Out: `Keys`. The text is Dovecot's
 `{SCRAM-SHA-256}count,salt,stored,server`; `SCRAM-SHA-256$count:salt$stored:server` (RFC 5803, as PostgreSQL has it) is
-read too. What is imagined depends on the name and on a secret of this machine only: a user who does not exist has the
-same salt and count on every day and in every worker, as others do. ValueError for a text that is neither.
-RFC 5802 3; RFC 7677 4 (at least 4,096 iterations).
+read too. What is imagined depends on the name and on a secret of this machine: a user who does not exist has the same
+salt and count on every day and in every worker, as others do; and such a count as others have. ValueError for a text
+that is neither. RFC 5802 3; RFC 7677 4 (at least 4,096 iterations).
 """
 
 from __future__ import annotations
@@ -16,13 +16,21 @@ import re
 import secrets
 from base64 import b64decode, b64encode
 from binascii import Error as Base64Error
+from collections.abc import Mapping
+from math import log
 from pathlib import Path
+from typing import TypeAlias
 
 from ..verdict import Keys
 
 ITERATIONS = 10_000  # some ms of a telephone's; the greatest that is read below keeps a store from costing minutes
 MOST_ITERATIONS = 1_000_000
 SALT = 16  # octets
+
+Shape: TypeAlias = tuple[int, int]  # what a client sees of keys: their count, and the octets of their salt
+USUAL: Shape = (ITERATIONS, SALT)
+
+WORDS = ("salt", "stored", "server")  # of what is imagined
 
 _WORD = "([A-Za-z0-9+/]+=*)"
 _FORMS = (
@@ -45,10 +53,19 @@ def fits(keys: Keys, password: str) -> bool:
     return hmac.compare_digest(made.stored_key, keys.stored_key)
 
 
-def imagine_keys(secret: bytes, name: str, iterations: int) -> Keys:
-    """Of a user who does not exist: no password fits."""
-    octets = [hmac.digest(secret, f"{word}\0{name}".encode(), "sha256") for word in ("salt", "stored", "server")]
-    return Keys(octets[0][:SALT], iterations, octets[1], octets[2])
+def imagine_keys(secret: bytes, name: str, shapes: Mapping[Shape, int]) -> Keys:
+    """Of a user who does not exist: no password fits. Each shape is met as often as among users, and a name keeps its
+    own while others come and go (weighted rendezvous hashing)."""
+
+    def draw(shape: Shape) -> float:
+        digest = hmac.digest(secret, f"{shape[0]},{shape[1]}\0{name}".encode(), "sha256")
+        return -log((int.from_bytes(digest[:6]) + 1) / 2**48) / shapes[shape]
+
+    iterations, size = min(shapes, key=draw, default=USUAL)
+    salt, stored, server = (hmac.digest(secret, f"{word}\0{name}".encode(), "sha256") for word in WORDS)
+    while len(salt) < size:
+        salt += hmac.digest(secret, salt, "sha256")
+    return Keys(salt[:size], iterations, stored, server)
 
 
 def render_keys(keys: Keys) -> str:

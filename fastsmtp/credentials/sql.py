@@ -8,11 +8,13 @@ Not here: connections and time-outs (sql.py of the package above).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..sql import Database, SqlError
 from ..verdict import Keys
 from . import UnavailableError
 from .directory import Record, Sought
-from .scram import parse_keys
+from .scram import SALT, Shape, parse_keys
 from .senders import parse_senders
 
 
@@ -24,7 +26,7 @@ class Query:
     def __init__(self, database: Database, query: str, iterations: int, domain: str) -> None:
         self._database = database
         self._query = query
-        self.iterations = iterations
+        self.shapes: Mapping[Shape, int] = {(iterations, SALT): 1} if iterations else {}
         self._domain = domain
 
     def stamp(self, name: str) -> object:
