@@ -6,6 +6,7 @@ be installed; only a CI that does not run as root skips what needs root.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -51,6 +52,14 @@ def needs_root() -> None:
     """The tests run as root."""
     if os.geteuid() != 0:
         pytest.skip("needs root")
+
+
+@contextmanager
+def default_port() -> Iterator[None]:
+    """The port of the embedded default is this test's: tests of several processes take turns."""
+    with (Path(tempfile.gettempdir()) / "fastsmtp-tests-port-2525").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
 
 
 class Volume:

@@ -19,7 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from needs import lacks, needs_root
+from needs import default_port, lacks, needs_root
 
 from fastsmtp.cli import _senders, main, render_reference
 
@@ -437,7 +437,7 @@ def test_serve_says_in_one_line_why_it_cannot_start(file: Path, cause: str) -> N
 
 def test_serve_without_a_file_says_what_it_does(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.getenv("PYTHONPATH")]))}
-    with subprocess.Popen(
+    with default_port(), subprocess.Popen(
         [sys.executable, "-m", "fastsmtp", "serve"], cwd=tmp_path, env=environment, text=True, stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
     ) as server:  # fmt: skip

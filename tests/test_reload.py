@@ -138,8 +138,9 @@ def test_a_wrong_configuration_changes_nothing_and_every_error_is_told(tmp_path:
 
 def test_who_asks_while_a_reload_is_under_way_hears_of_the_next(tmp_path: Path) -> None:
     """The one under way has read the file already, perhaps before it was changed. The worker is played here."""
-    texts = iter(("hostname = 'b.test'", "hostname = 7"))
-    settings = Settings(parse("hostname = 'a.test'", tmp_path, "file"))
+    listener = "[[listener]]\naddress = '127.0.0.1:0'"
+    texts = iter((f"hostname = 'b.test'\n{listener}", "hostname = 7"))
+    settings = Settings(parse(f"hostname = 'a.test'\n{listener}", tmp_path, "file"))
     log = open_log("json", threaded=False)
     holdings = Holdings(settings, None, None, [], Watch(()), log, lambda: parse(next(texts), tmp_path, "file"), "file")
     line = holdings.open_line(0)

@@ -25,7 +25,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from needs import SYSTEM_PATH, lacks, needs
+from needs import SYSTEM_PATH, default_port, lacks, needs
 from peer import GoneError, Peer
 from servers import ROOT, Mail, Server, files, mailbox, running, toml
 
@@ -345,6 +345,11 @@ def test_no_domain_leaves_the_folder(tmp_path: Path) -> None:
 
 def test_the_embedded_default(tmp_path: Path) -> None:
     """As `make run` starts it."""
+    with default_port():
+        serve_by_default(tmp_path)
+
+
+def serve_by_default(tmp_path: Path) -> None:
     with socket.socket() as probe:
         if probe.connect_ex(("127.0.0.1", 2525)) == 0:
             lacks("needs port 2525, which another program has")
