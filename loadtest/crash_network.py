@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -176,6 +177,8 @@ def wire() -> Iterator[Wire]:
             made.command("ip", *words.split())
         yield made
     finally:
+        # With its namespace it would go too, but only some time later, and its name with it.
+        subprocess.run(["ip", "link", "delete", "crash-out"], capture_output=True, check=False)
         run("ip", "netns", "delete", made.name)
 
 
