@@ -33,6 +33,7 @@ from .sink_server import SinkProcess
 MAILBOXES = 6
 LOCAL, NEXT = "here.test", "there.test"  # ends in a Maildir; is relayed to the sink
 NOBODY = f"nobody@{NEXT}"  # refused by the sink, so that reports are made
+TWICE_SECONDS = 0.1
 CLEAN_SECONDS = 5.0  # until a queue that is empty has removed its body files
 
 _CONFIGURATION = """\
