@@ -414,6 +414,25 @@ def test_left_overs_of_this_worker_only_are_removed(tmp_path: Path) -> None:
     assert sorted(os.listdir(folder)) == ["1", "2.aa.0"]
 
 
+def test_a_transport_that_comes_in_place_of_another_leaves_what_that_one_writes(tmp_path: Path) -> None:
+    """As at a reload: the former one is still delivering."""
+
+    async def run() -> None:
+        path = f"{tmp_path}/{{local}}"
+        former = Maildir(path, 1, "mx.test", "cafe")
+        (name, *_), *_ = former._items(delivery(message(), BOB))
+        under_way = Path(temporary_folder(path, "cafe")) / os.fsdecode(name)
+        under_way.touch()
+        other = Maildir(path, 1, "mx.test", "cafe")
+        assert under_way.exists()
+        await former.close()
+        await other.close()
+        await Maildir(path, 1, "mx.test", "cafe").close()
+        assert not under_way.exists()
+
+    asyncio.run(run())
+
+
 @pytest.mark.parametrize("call", ["write", "close", "syncfs", "renameat"])
 @pytest.mark.parametrize("when", [1, 2])
 def test_a_kill_at_any_step_leaves_whole_files_and_a_second_run_completes(tmp_path: Path, call: str, when: int) -> None:

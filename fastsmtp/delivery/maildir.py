@@ -42,6 +42,9 @@ _PLAIN = re.compile(rf"[a-z0-9_+=-][a-z0-9._+=-]{{0,{FOLDER_LIMIT - 1}}}")
 _UNSAFE = re.compile(rb"[^a-z0-9._+=-]|^\.")
 _UNSAFE_IN_FIELD = str.maketrans("\r\n\0", "???")
 
+# The marks in names of temporary files of this process: a reload may open a folder that is being written to.
+_tokens: set[str] = set()
+
 _DEFERRED = (Result.DEFERRED, "4.3.0", Scope.RECIPIENT)
 # What an errno means for the queue; what is not here may pass (_DEFERRED).
 _MEANING: dict[int, tuple[Result, str, Scope]] = {
@@ -82,10 +85,10 @@ def temporary_folder(pattern: str, identity: str) -> str:
 
 
 def remove_leftovers(folder: str, worker: int) -> None:
-    """Removes the temporary files that a worker that runs no more has left. Raises OSError."""
+    """Removes the temporary files that a worker of this number has left in a former life. Raises OSError."""
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith(f"{worker}."):
+            if entry.name.startswith(f"{worker}.") and entry.name.rpartition(".")[2] not in _tokens:
                 os.unlink(entry.path)
 
 
@@ -108,7 +111,8 @@ class Maildir:
         self._host = hostname.replace("/", "\\057").replace(":", "\\072")[:HOST_LIMIT]
         self._worker = worker
         # Unlike those of this worker's former lives: a mailbox's own tmp/ is never cleaned by us.
-        self._token = secrets.token_hex(8).encode()
+        self._token = secrets.token_hex(8)
+        _tokens.add(self._token)
         self._counter = count()
         self._temporary = temporary_folder(self._pattern, identity)
         self._executor = ThreadPoolExecutor(1, "maildir")
@@ -140,6 +144,7 @@ class Maildir:
         """Waits for what is under way."""
         await asyncio.get_running_loop().run_in_executor(self._executor, self._close)
         self._executor.shutdown()
+        _tokens.discard(self._token)
 
     def _items(self, delivery: Delivery) -> Iterator[Item]:
         message = delivery.message
@@ -152,7 +157,7 @@ class Maildir:
             address = recipient.address
             head = f"Return-Path: <{reverse_path}>\nDelivered-To: {_one_line(address)}\n"
             yield (
-                b"%d.%x.%s" % (self._worker, next(self._counter), self._token),
+                b"%d.%x.%s" % (self._worker, next(self._counter), self._token.encode()),
                 mailbox_path(self._pattern, address.mailbox),
                 f"{name}{number}.{self._host}".encode(),
                 (head.encode("utf-8", "replace"), *content),
