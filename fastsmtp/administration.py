@@ -2,9 +2,9 @@
 
 In: a Selection, or a filter and a place. Out: counts, rows in JSON's values, a Census. Reading goes through the
 reading connection in short slices, writing through the group commit in pieces of 1,000 recipients, so that a million
-of them delay nobody; an order is answered when it is durable. What the queue has in memory is under way: a delivery
-cannot be called back, so a delete takes effect behind the attempt, a hold before the next. A message that is to be
-deleted is taken like a claim, so that nothing else can deliver it meanwhile.
+of them delay nobody; an order is answered when it is durable, and does not reach mail that comes meanwhile. What the
+queue has in memory is under way: a delivery cannot be called back, so a delete takes effect behind the attempt, a hold
+before the next. A message that is to be deleted is taken like a claim, so that nothing else delivers it meanwhile.
 Not here: SQL (reader.py, store.py), who may ask (control.py). Raises SpoolError where the database cannot be read.
 """
 
@@ -119,8 +119,8 @@ class Administration:
             under_way += len(keys & self._scan.held.keys())
             yield Changed(messages, recipients, under_way)
 
-    async def _rows(self, selection: Selection, state: str) -> AsyncIterator[list[tuple[int, int]]]:
-        """Key and number of the selected recipients, some at once; mail that comes meanwhile is not among them."""
+    async def _rows(self, selection: Selection, state: str, late: bool = False) -> AsyncIterator[list[tuple[int, int]]]:
+        """Key and number of the selected recipients, some at once. `late` as in _slices."""
         if selection.ids:
             keys = selection.keys
             for start in range(0, len(keys), LOAD):
@@ -128,17 +128,19 @@ class Administration:
                 for rows in _pieces(await self._read(partial(self._reader.recipients_of, chunk, state))):
                     yield rows
             return
-        async for behind, until in self._slices():
+        async for behind, until in self._slices(late):
             read = partial(self._reader.recipients, behind, until, selection.domain, state)
             for rows in _pieces(await self._read(read)):
                 yield rows
 
-    async def _slices(self, behind: int = -1) -> AsyncIterator[tuple[int, int]]:
-        """What stands in the spool now, in slices from a key on."""
-        last = await self._read(self._reader.last)
+    async def _slices(self, late: bool = True) -> AsyncIterator[tuple[int, int]]:
+        """What stands in the spool now, in slices. `late`: the last slice reaches as far as there is anything when it
+        is read. Else a message that is finished meanwhile would not be found, and neither the report that came in its
+        place, behind all that was there: an empty queue, with mail in it."""
+        behind, last = -1, await self._read(self._reader.last)
         while behind < last:
             until = await self._read(partial(self._reader.slice_end, behind, SLICE))
-            yield behind, min(until, last)
+            yield behind, until if late else min(until, last)
             behind = until
 
     async def _take(self, keys: list[int]) -> list[Job]:
@@ -190,7 +192,7 @@ class Administration:
     async def count(self, selection: Selection, state: str = "") -> Changed:
         """What is in a state (see reader.STATES); "": what a delete would reach."""
         messages = recipients = under_way = 0
-        async for rows in self._rows(selection, state):
+        async for rows in self._rows(selection, state, late=True):
             keys = {key for key, _ in rows}
             messages += len(keys)
             recipients += len(rows)

@@ -22,8 +22,10 @@ import apsw
 from .record import Row
 
 FORMAT = 2
+LATEST_FORMAT = 100  # what says that it is of a later one is damaged, not newer
 APPLICATION_ID = 0x66736D71  # "fsmq"
 OLDEST_SQLITE = (3, 51, 3)  # before it, two connections could corrupt the log by checkpointing at one instant
+TABLES = ("message", "recipient", "broken")
 ROWS = 1000  # of a bulk change, in one transaction
 PAGE = 4096
 CHECKPOINT_PAGES = (4 << 20) // PAGE  # p99 of a commit over 1,000,000 rows: 29 ms at 4 MB, 182 ms at 64 MB
@@ -108,6 +110,10 @@ class SpoolError(Exception):
     """The spool cannot be opened; one line says why."""
 
 
+class DamagedError(SpoolError):
+    """The database is not as it was left: there may be mail in it all the same."""
+
+
 class SpoolLockedError(SpoolError):
     """Another process has the spool."""
 
@@ -146,7 +152,7 @@ class Store:
     # --- opening and closing ---
 
     def open(self, now: float) -> None:
-        """Opens or creates it and makes it fit for use. Raises SpoolError."""
+        """Opens or creates it and makes it fit for use. Raises SpoolError, DamagedError."""
         if tuple(map(int, apsw.sqlite_lib_version().split(".")[:3])) < OLDEST_SQLITE:
             raise SpoolError(f"SQLite {apsw.sqlite_lib_version()} is too old; 3.51.3 is needed (package apsw)")
         try:
@@ -158,8 +164,9 @@ class Store:
             except apsw.Error:
                 self.drop()
                 raise
-        except apsw.NotADBError:
-            raise SpoolError(f"{self.path}: not a database") from None
+        # The last two: of a header that says nonsense.
+        except (apsw.NotADBError, apsw.CorruptError, apsw.SQLError, apsw.ReadOnlyError) as error:
+            raise DamagedError(str(error)) from None
         except apsw.Error as error:
             raise SpoolError(f"{self.path}: {error}") from error
         except OSError as error:
@@ -194,10 +201,14 @@ class Store:
         os.posix_fallocate(self._index, 0, INDEX_OCTETS)
 
     def _check_format(self) -> None:
-        application = self._number("PRAGMA application_id")
-        version = self._number("PRAGMA user_version")
+        application = int(self._number("PRAGMA application_id"))
+        version = int(self._number("PRAGMA user_version"))
         if application != APPLICATION_ID and (application or version or self._tables()):
-            raise SpoolError(f"{self.path}: a database of another program")
+            if not self._number(f"SELECT count(*) FROM sqlite_schema WHERE name IN {TABLES}"):
+                raise SpoolError(f"{self.path}: a database of another program")
+            raise DamagedError("it does not say that it is a spool")
+        if version > LATEST_FORMAT:
+            raise DamagedError(f"it says that its format is {version}")
         if version not in (0, FORMAT, *_MIGRATIONS):
             raise SpoolError(f"{self.path}: format {version} was made by a newer version; known here is {FORMAT}")
 
@@ -314,6 +325,26 @@ class Store:
     def check(self) -> bool:
         """Whether its pages hang together: reads all of them. Raises apsw.Error."""
         return bool(self._number("PRAGMA quick_check(1)") == "ok")
+
+    def torn(self) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
+        """What is damaged although its pages hang together: key and id of messages without a recipient, key and domain
+        of recipients without a message. Neither is ever committed."""
+        rows = self._run.execute(
+            "SELECT key, id FROM message WHERE NOT EXISTS (SELECT 1 FROM recipient WHERE message = key)"
+            " AND NOT EXISTS (SELECT 1 FROM broken WHERE message = key)"
+        )
+        alone = [(key, message_id) for key, message_id in rows]
+        rows = self._run.execute(
+            "SELECT message, domain FROM recipient WHERE NOT EXISTS (SELECT 1 FROM message WHERE key = message)"
+        )
+        return alone, [(key, domain) for key, domain in rows]
+
+    def erase(self, keys: Sequence[int]) -> None:
+        """Deletes all rows of these keys."""
+        batch = Batch()
+        batch.erased = list(keys)
+        self.write(batch)
+        self.commit()
 
     def in_files(self) -> list[tuple[int, str, int, bool]]:
         """Key, id, size of each message whose body is in a file, and whether it was set aside."""

@@ -1,10 +1,11 @@
 """python -m loadtest crash: breaks fastsmtp on purpose, in every way it knows, and looks for lost mail.
 
 In: the name of a fault, or of a group of them, or `all`; how many runs; a seed. Out: progress on stderr, each violation
-with what it takes to repeat it, a table on stdout, and the same as JSON or as a section of a document. Exit code 0:
+with what it takes to repeat it, a table on stdout, and the same as JSON or as sections of a document. Exit code 0:
 every rule held in every run; 1: violations, or a fault that could not be made; 2: the command line is wrong.
 Always: what a run does comes from the seed, the fault's name and the run's number; the moments are the machine's. All
-that was started and mounted is stopped and unmounted, also by Ctrl-C.
+that was started and mounted is stopped and unmounted, also by Ctrl-C. What lay on the disks when a rule was broken is
+kept: log, ledger, what the sink recorded, spool and mailboxes.
 Not here: the faults (crash_kill, crash_power ...), how a run goes (crash_site), what must hold (rules).
 """
 
@@ -16,6 +17,8 @@ import random
 import shlex
 import shutil
 import signal
+import stat
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,13 +30,19 @@ from typing import NoReturn
 import click
 
 from . import LoadError
+from .crash_docs import count, render_results, renew
 from .crash_fault import Fault
-from .crash_result import Tally, insert_results, render_json, render_results
+from .crash_result import Record, Tally, read_records
 from .crash_server import ROOT, CrashError
 from .crash_site import Bench
+from .machine import describe_machine
 
 MODULES = ("crash_kill", "crash_power", "crash_sweep", "crash_broken", "crash_damage", "crash_network", "crash_limits")
-RUNS = 50  # of a group, unless told otherwise
+# Of a group, unless told otherwise: what the promise of docs/durability.md is made from. Of `sweep` and of the cuts
+# at every octet: all.
+RUNS = {"kill": 1250, "power": 200, "disk": 110, "damage": 100, "network": 90, "limits": 30}
+EVIDENCE = 5  # runs of which is kept what they left behind
+EVIDENCE_FOLDER = "evidence"
 
 
 def all_faults() -> dict[str, Fault]:
@@ -57,35 +66,52 @@ def share_out(faults: Sequence[Fault], runs: int | None, first: int) -> dict[str
     numbers: dict[str, tuple[int, ...]] = {}
     for fault in faults:
         group = [other for other in faults if other.name.partition(".")[0] == fault.name.partition(".")[0]]
-        count = max(1, math.ceil((runs or RUNS) * fault.share / sum(other.share for other in group)))
-        numbers[fault.name] = () if fault.every and runs is None else tuple(range(first, first + count))
+        wanted = runs or RUNS.get(fault.name.partition(".")[0], 1)
+        share = max(1, math.ceil(wanted * fault.share / sum(other.share for other in group)))
+        numbers[fault.name] = () if fault.every and runs is None else tuple(range(first, first + share))
     return numbers
 
 
-def play(faults: Sequence[Fault], bench: Bench, numbers: dict[str, tuple[int, ...]]) -> list[Tally]:
-    """Every fault in its turn; one that cannot be made does not stop the others."""
-    tallies = []
-    for fault in faults:
-        tally = Tally(fault.name)
-        tallies.append(tally)
-        begun = time.monotonic()
+def play(fault: Fault, bench: Bench, evidence: Path) -> Tally:
+    """All runs of a fault; one that cannot be made does not stop others. What broke a rule leaves `evidence`."""
+    tally = Tally(fault.name, whole=not bench.numbers)
+    begun = time.monotonic()
+    try:
+        for found in fault.play(bench):
+            for violation in found.violations:
+                click.echo(f"\r{fault.name}, --seed {bench.seed}, run {found.run}: {violation}", err=True)
+            if found.violations:
+                _keep(bench.folder, evidence, f"{fault.name}-{found.run}")
+            tally.add(found, bench.seed)
+            _tell(tally, begun)
+    except (LoadError, CrashError) as error:
+        tally.why_not = str(error)
+        click.echo(f"\r{fault.name}: {error}", err=True)
+    if sys.stderr.isatty():
+        click.echo(err=True)
+    return tally
+
+
+def _keep(left: Path, evidence: Path, name: str) -> None:
+    """What a run left behind, copied while the server still stands there; without images and sockets."""
+    if left.exists() and len(list(evidence.glob("*"))) < EVIDENCE:
         try:
-            for found in fault.play(bench.of(fault.name, numbers[fault.name])):
-                for violation in found.violations:
-                    click.echo(f"\r{fault.name}, --seed {bench.seed}, run {found.run}: {violation}", err=True)
-                tally.add(found, bench.seed)
-                _tell(tally, begun)
-        except (LoadError, CrashError) as error:
-            tally.why_not = str(error)
-            click.echo(f"\r{fault.name}: {error}", err=True)
-        if sys.stderr.isatty():
-            click.echo(err=True)
-    return tallies
+            shutil.copytree(left, evidence / name, ignore=_not_copied, symlinks=True)
+        except OSError as error:  # the server goes on: a file may be gone meanwhile
+            click.echo(f"not all evidence of {name} could be kept: {error}", err=True)
+
+
+def _not_copied(folder: str, names: list[str]) -> list[str]:
+    def is_foreign(path: Path) -> bool:
+        mode = path.lstat().st_mode
+        return path.suffix == ".image" or not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or stat.S_ISLNK(mode))
+
+    return [name for name in names if is_foreign(Path(folder, name))]
 
 
 def _tell(tally: Tally, begun: float) -> None:
     """One line, written over where somebody looks at it; else a line now and then."""
-    line = f"{tally.name}: {tally.runs} runs, {tally.acked:,} acknowledged, {time.monotonic() - begun:.0f} s"
+    line = f"{tally.name}: {count(tally.runs, 'run')}, {tally.acked:,} acknowledged, {time.monotonic() - begun:.0f} s"
     if sys.stderr.isatty():
         click.echo(f"\r{line}", nl=False, err=True)
     elif tally.runs % 25 == 1:
@@ -94,12 +120,22 @@ def _tell(tally: Tally, begun: float) -> None:
 
 @click.command("crash")
 @click.argument("fault", metavar="FAULT|all|list")
-@click.option("--runs", type=click.IntRange(1), metavar="N", help="Of each group of faults. [50; of the sweep: all]")
+@click.option("--runs", type=click.IntRange(1), metavar="N",
+              help="Of each group of faults, shared among them. [as `list` says]")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), metavar="S", help="What the faults are chosen by. [drawn]")
 @click.option("--first", type=click.IntRange(0), default=0, metavar="N", help="The number of the first run. [0]")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path), help="All figures, for programs.")
 @click.option("--docs", type=click.Path(exists=True, dir_okay=False, path_type=Path),
-              help="A document whose section between two markers is made anew.")  # fmt: skip
+              help="A document between whose markers the rows of these faults are made anew. Beside it, as .json, lie"
+              " all figures that it shows.")  # fmt: skip
+@click.option(
+    "--from",
+    "sources",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    multiple=True,
+    metavar="FILE",
+    help="Run nothing: the figures are those of an earlier --json. More than once.",
+)
 @click.option("--dir", "where", type=click.Path(exists=True, file_okay=False, path_type=Path),
               help="Where data lies: the file system that is tested, and the images of others. [the temporary folder]"
               )  # fmt: skip
@@ -112,51 +148,115 @@ def crash_command(
     first: int,
     json_file: Path | None,
     docs: Path | None,
+    sources: tuple[Path, ...],
     where: Path | None,
     package: Path,
 ) -> None:
     """Break fastsmtp on purpose, and look for lost mail.
 
     FAULT is one of those that `crash list` shows, or a group of them: the part before the dot. Faults with file systems
-    of their own need root. To repeat a run: its FAULT, --seed S --first RUN --runs 1.
+    of their own need root. `crash all` takes some hours; `crash all --runs 12` shows in minutes that everything can be
+    made here. To repeat a run: its FAULT, --seed S --first RUN --runs 1.
     """
     if fault == "list":
-        for one in all_faults().values():
-            click.echo(f"{one.name}\n{_indented(one.text)}\n")
+        _list()
         return
     faults = choose(fault)
-    if not (package / "fastsmtp").is_dir():
-        raise click.UsageError(f"{package} holds no package fastsmtp")
-    signal.signal(signal.SIGTERM, _stop)
-    seed = random.randrange(1 << 32) if seed is None else seed
-    click.echo(f"seed {seed}", err=True)
-    folder = Path(tempfile.mkdtemp(prefix="crash-", dir=where))
-    try:
-        bench = Bench(folder, package.resolve(), seed, ())
-        tallies = play(faults, bench, share_out(faults, runs, first))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    command = shlex.join(["python", "-m", "loadtest", *sys.argv[1:]])
-    _write(tallies, seed, command, json_file, docs)
-    if any(tally.violations or tally.why_not for tally in tallies):
+    if sources:
+        names = {one.name for one in faults}
+        records = [record for source in sources for record in read_records(source)]
+        for record in records:
+            record.tallies = [tally for tally in record.tallies if tally.name in names]
+    else:
+        if not (package / "fastsmtp").is_dir():
+            raise click.UsageError(f"{package} holds no package fastsmtp")
+        asked = {"--runs": runs, "--seed": seed, "--first": first or None}
+        words = [word for name, value in asked.items() if value is not None for word in (name, str(value))]
+        command = shlex.join(["python", "-m", "loadtest", "crash", fault, *words])
+        seed = random.randrange(1 << 32) if seed is None else seed
+        record = Record(command, seed, describe_version(package), time.strftime("%F"), _describe(where), [])
+        _run(record, faults, share_out(faults, runs, first), package, where, json_file)
+        records = [record]
+    _write(records, json_file, docs)
+    if any(tally.violations or tally.why_not for record in records for tally in record.tallies):
         raise SystemExit(1)
 
 
-def _write(tallies: Sequence[Tally], seed: int, command: str, json_file: Path | None, docs: Path | None) -> None:
-    table = render_results(tallies)
-    click.echo(table)
+def _run(
+    record: Record,
+    faults: Sequence[Fault],
+    numbers: dict[str, tuple[int, ...]],
+    package: Path,
+    where: Path | None,
+    json_file: Path | None,
+) -> None:
+    """In a folder of its own. The file has what was found so far, should somebody end a run of hours."""
+    signal.signal(signal.SIGTERM, _stop)
+    click.echo(f"seed {record.seed}", err=True)
+    folder = Path(tempfile.mkdtemp(prefix="crash-", dir=where))
+    bench = Bench(folder, package.resolve(), record.seed, ())
+    try:
+        for fault in faults:
+            record.tallies.append(play(fault, bench.of(fault.name, numbers[fault.name]), folder / EVIDENCE_FOLDER))
+            if json_file:
+                _write_json([record], json_file)
+    finally:
+        evidence = folder / EVIDENCE_FOLDER
+        for path in folder.iterdir():
+            if path != evidence:
+                shutil.rmtree(path, ignore_errors=True)
+        if evidence.exists():
+            click.echo(f"what lay there when rules were broken is kept in {evidence}", err=True)
+        else:
+            folder.rmdir()
+
+
+def describe_version(package: Path) -> str:
+    """What is tested: its commit, where it has one, and whether its modules are compiled."""
+    git = ["git", "-C", str(package), "describe", "--always", "--dirty=, with changes"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:
+        commit = ""
+    sources = {file.stem for file in package.glob("fastsmtp/*.py")}
+    compiled = any(file.name.partition(".")[0] in sources for file in package.glob("fastsmtp/*.so"))
+    return ", ".join(filter(None, [commit, "compiled" if compiled else "from its sources"]))
+
+
+def _describe(where: Path | None) -> str:
+    found = describe_machine(where or Path(tempfile.gettempdir()))
+    return ", ".join(f"{name} {found[name]}" for name in ("system", "kernel", "file system", "python") if name in found)
+
+
+def _list() -> None:
+    group = ""
+    for one in all_faults().values():
+        if group != (group := one.name.partition(".")[0]):
+            click.echo(f"# {group}: {f'{RUNS[group]:,} runs' if group in RUNS else 'all its cases'}\n")
+        every = " All its cases are run, unless told otherwise." if one.every and group in RUNS else ""
+        click.echo(f"{one.name}\n{_indented(one.text + every)}\n")
+
+
+def _write(records: Sequence[Record], json_file: Path | None, docs: Path | None) -> None:
+    tallies = [tally for record in records for tally in record.tallies]
+    click.echo(render_results(tallies))
     violations = [violation for tally in tallies for violation in tally.violations]
     for violation in violations:
         click.echo(violation)
-    click.echo(f"violations: {len(violations) or 'none'}; seed {seed}")
+    seeds = ", ".join(dict.fromkeys(str(record.seed) for record in records))
+    click.echo(f"violations: {len(violations) or 'none'}; seed {seeds}")
+    if json_file:
+        _write_json(records, json_file)
+    if docs:
+        renew(docs, records, list(all_faults()))
+
+
+def _write_json(records: Sequence[Record], file: Path) -> None:
+    values = records[0].as_json() if len(records) == 1 else {"records": [one.as_json() for one in records]}
     try:
-        if json_file:
-            json_file.write_text(json.dumps(render_json(tallies, seed, command), indent=2) + "\n", encoding="utf-8")
-        if docs:
-            section = f"`{command}`, seed {seed}\n\n{table}\n\nViolations: {len(violations) or 'none'}."
-            docs.write_text(insert_results(docs.read_text(encoding="utf-8"), section), encoding="utf-8")
+        file.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        raise LoadError(f"{error.filename} cannot be written: {error.strerror}") from None
+        raise LoadError(f"{file} cannot be written: {error.strerror}") from None
 
 
 def _indented(text: str) -> str:

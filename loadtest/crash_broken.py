@@ -47,7 +47,7 @@ def fill_mail(site: Site) -> None:
     when there is room; nobody sees a part of a message."""
     with _filled(site.ground.disks[-1]):
         _hold(site)
-        if not site.server.queued():
+        if site.server.queued() == 0:
             raise CrashError("the mailboxes' disk is full and nothing waits")
     _resumes(site)
 
@@ -158,6 +158,48 @@ def flush_slowly(site: Site) -> None:
     slow = sum(seconds > AT_ONCE for seconds in taken)
     if slow > len(taken) / 100:
         raise CrashError(f"{slow} of {len(taken)} answers beside a slow flush took over {AT_ONCE * 1000:.0f} ms")
+
+
+def take_folders(site: Site) -> None:
+    """A reader moves mail to cur/ and removes every folder of a mailbox that is empty, and mailboxes are renamed and
+    come back, again and again while mail is delivered into them. Nothing is lost, and nothing comes twice."""
+    until = time.monotonic() + site.chance.uniform(*HELD_SECONDS)
+    while time.monotonic() < until:
+        for box in list((site.ground.mail / LOCAL).glob("box*")):
+            if site.chance.random() < 0.5:
+                _read_mail(box)
+            else:
+                away = site.ground.mail / "away"
+                box.rename(away)
+                time.sleep(site.chance.uniform(0, 0.005))
+                _bring_back(away, box)
+        time.sleep(0.002)
+
+
+def _read_mail(box: Path) -> None:
+    (box / "cur").mkdir(exist_ok=True)
+    for mail in (box / "new").glob("*"):
+        mail.rename(box / "cur" / f"{mail.name}:2,S")
+    for folder in (box / "new", box / "tmp", box / "cur", box):
+        try:
+            folder.rmdir()
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT):
+                raise
+
+
+def _bring_back(away: Path, box: Path) -> None:
+    """Beside what came meanwhile, where it was made anew."""
+    try:
+        away.rename(box)
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    for mail in away.glob("*/*"):
+        (box / mail.parent.name).mkdir(exist_ok=True)
+        mail.rename(box / mail.parent.name / mail.name)
+    shutil.rmtree(away)
 
 
 @contextmanager
@@ -276,4 +318,5 @@ FAULTS: tuple[Fault, ...] = (
     under_load("disk.readonly", turn_read_only, layout=_EXT4),
     under_load("disk.medium", starve, layout=Layout("ext4", medium="tmpfs")),
     under_load("disk.slow", flush_slowly),
+    under_load("disk.folders", take_folders),
 )

@@ -3,9 +3,9 @@
 In: a server that was stopped in order with mail that waits, small in the database, large in files of their own. Out: a
 Finding: what was not damaged is delivered, what was is set aside and named in the log, never delivered in part, and the
 server starts. A function for each kind of damage does it and returns the server's ids of the messages that it hit; None
-where nobody can say which: then each message is delivered or the log names it, or the database.
-Where the database is hit its pages are chosen behind the first, which says what the file is: a file whose beginning is
-gone is no spool, and the server says so and does not start, rather than take it for an empty one.
+where nobody can say which: then each message is delivered, or the log names it.
+Where the database itself is not there any more, nobody can name its messages: the log says so, and nothing that lay
+beside it is deleted. Where it was only elsewhere it is put back then, with what was put aside, and everything arrives.
 Not here: damage by the medium while the server runs (crash_broken).
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import sqlite3
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -43,13 +44,31 @@ class Stock:
     def __init__(self, data: Path, letters: list[Letter], chance: random.Random) -> None:
         self.chance = chance
         self.letters = {letter.kept_as: letter for letter in letters}
-        (self.database,) = data.glob("spool/*/spool.db")
-        self.bodies = self.database.parent / "body"
+        self.spools = sorted(data.glob("spool/*"))
+        # One connection brought all of it, to one worker.
+        (self.bodies,) = (spool / "body" for spool in self.spools if any((spool / "body").iterdir()))
+        self.database = self.bodies.parent / "spool.db"
         self.large = sorted(path.name for path in self.bodies.iterdir())
+        self.octets = {name: (self.bodies / name).read_bytes() for name in self.large}
+        self.elsewhere = data.parent / "elsewhere"  # where the database may have gone
 
     def body(self) -> Path:
         """One of the files."""
         return self.bodies / self.chance.choice(self.large)
+
+    def kept(self) -> dict[str, Path]:
+        """Where the large bodies are now that were put aside, those that are whole."""
+        found = {path.name: path for spool in self.spools for path in spool.glob("damaged-*/*")}
+        return {
+            name: found[name] for name in self.large if name in found and found[name].read_bytes() == self.octets[name]
+        }
+
+    def put_back(self) -> None:
+        """The database, and the bodies that were put aside with what was found in its place."""
+        for name, path in self.kept().items():
+            path.rename(self.bodies / name)
+        self.database.unlink()
+        self.elsewhere.rename(self.database)
 
     def page(self) -> int:
         """The place of a page of the database, not its first."""
@@ -173,16 +192,98 @@ def add_log(stock: Stock) -> set[str]:
     return set()
 
 
-def damaged(name: str, damage: Damage) -> Fault:
+def zero_first_page(stock: Stock) -> set[str]:
+    """The first page of the database, which says what and where everything is, holds nothing but zeros. All mail is
+    delivered."""
+    _write(stock.database, 0, bytes(PAGE))
+    return set()
+
+
+def flip_header(stock: Stock) -> set[str]:
+    """A bit of the database's header is another. All mail is delivered."""
+    place = stock.chance.randrange(100)
+    octets = stock.database.read_bytes()[: place + 1]
+    # Of a newer format that is known to nobody the server would rightly say that it cannot read it.
+    _write(
+        stock.database, place, bytes([octets[place] ^ (0x80 if 60 <= place < 64 else 1 << stock.chance.randrange(8))])
+    )
+    return set()
+
+
+def empty_database(stock: Stock) -> set[str]:
+    """The database is an empty file. The server says that it is gone, starts, and keeps the files of large bodies."""
+    os.truncate(stock.database, 0)
+    return set(stock.letters)
+
+
+def remove_database(stock: Stock) -> set[str]:
+    """The database has gone elsewhere. The server says so, starts without, and deletes no body; when everything is put
+    back, all mail is delivered."""
+    stock.database.rename(stock.elsewhere)
+    return set()
+
+
+def link_database(stock: Stock) -> set[str]:
+    """A symbolic link stands in the place of the database, to where it has gone. As if it were gone."""
+    stock.database.rename(stock.elsewhere)
+    stock.database.symlink_to(stock.elsewhere)
+    return set()
+
+
+def pipe_database(stock: Stock) -> set[str]:
+    """A FIFO stands in the place of the database. As if it were gone."""
+    stock.database.rename(stock.elsewhere)
+    os.mkfifo(stock.database)
+    return set()
+
+
+def folder_database(stock: Stock) -> set[str]:
+    """A folder stands in the place of the database. As if it were gone."""
+    stock.database.rename(stock.elsewhere)
+    stock.database.mkdir()
+    return set()
+
+
+def swap_databases(stock: Stock) -> set[str]:
+    """Two workers' databases have changed places, and their body files have not. What has no file is named; no file is
+    deleted."""
+    (other,) = (spool / "spool.db" for spool in stock.spools if spool != stock.bodies.parent)
+    stock.database.rename(stock.elsewhere)
+    other.rename(stock.database)
+    stock.elsewhere.rename(other)
+    return set(stock.large)
+
+
+def copy_spool(stock: Stock) -> set[str]:
+    """A copy of the whole spool lies beside it, under the number of a worker that is no more. Everything is delivered
+    from both, and a mailbox has it once: both copies have one name."""
+    shutil.copytree(stock.bodies.parent, stock.bodies.parent.parent / "8")
+    return set()
+
+
+def add_foreign_log(stock: Stock) -> set[str]:
+    """The write-ahead log of another database lies beside this one, and is whole: with it, all messages would be gone.
+    All mail is delivered, for the log was empty when the server ended."""
+    shutil.copy(stock.database, stock.elsewhere)
+    other = sqlite3.connect(stock.elsewhere)
+    other.executescript("PRAGMA journal_mode = WAL; DELETE FROM recipient; DELETE FROM message")
+    shutil.copy(f"{stock.elsewhere}-wal", f"{stock.database}-wal")
+    other.close()
+    stock.elsewhere.unlink()
+    return set()
+
+
+def damaged(name: str, damage: Damage, workers: int = 1) -> Fault:
     """Each run with a spool of its own."""
 
     def play(bench: Bench) -> Iterator[Finding]:
         with ExitStack() as stack:
-            site = stack.enter_context(opened(bench, Layout(), workers=1))
+            site = stack.enter_context(opened(bench, Layout(), workers=workers))
             for run in bench.numbers:
                 site.server.kill()
                 for path in (site.ground.data, site.ground.mail):
                     shutil.rmtree(path, ignore_errors=True)
+                (site.ground.data.parent / "elsewhere").unlink(missing_ok=True)
                 site.begin(run, bench.chance(name, run))
                 try:
                     yield _play_run(site, run, damage)
@@ -203,16 +304,44 @@ def _play_run(site: Site, run: int, damage: Damage) -> Finding:
     hit = damage(stock)
     for name in BOXES:
         (site.ground.mail / LOCAL / name).unlink()
+    gone = stock.elsewhere.exists()
+    if gone:
+        _miss(site, stock)
+        stock.put_back()
     begun = time.monotonic()
     site.note_recovery(site.server.start())
-    wait_until(lambda: time.monotonic() - begun > 1 and not site.server.queued(), "an empty queue")
+    wait_until(lambda: time.monotonic() - begun > 1 and site.server.queued() == 0, "an empty queue")
+    if damage is empty_database:
+        _check_missed(site, stock)
+        return site.finish(damaged=frozenset(letter.id for letter in letters))
     aside = _set_aside(site, hit)
     keys = {f"key {int(one[:13], 32)}": letter.id for one, letter in stock.letters.items()}  # a record without its id
     names = {one: letter.id for one, letter in stock.letters.items()} | keys
     found = site.finish(damaged=frozenset(names[one] for one in aside & names.keys()))
     if hit is not None and hit != aside:
         found.violations.append(f"set aside are {sorted(aside)}, damaged were {sorted(hit)}")
+    if damage is swap_databases and sorted(stock.kept()) != stock.large:
+        found.violations.append("bodies are gone with a database that was elsewhere")
     return found
+
+
+def _miss(site: Site, stock: Stock) -> None:
+    """A start without the database, and an end in order."""
+    site.server.start()
+    _check_missed(site, stock)
+    if code := site.server.stop():
+        raise CrashError(f"exit code {code} after SIGTERM")
+
+
+def _check_missed(site: Site, stock: Stock) -> None:
+    """What the server says and keeps when there is no database. Raises CrashError."""
+    wait_until(
+        lambda: any(event["where"] == "damage" for event in site.server.events("spool-warning")),
+        "a word about the database",
+        LOG_SECONDS,
+    )
+    if sorted(stock.kept()) != stock.large:
+        raise CrashError("bodies are gone with the database")
 
 
 def _set_aside(site: Site, hit: set[str] | None) -> set[str]:
@@ -254,5 +383,17 @@ _DAMAGES: dict[str, Damage] = {
     "page-swap": swap_pages,
     "database-cut": cut_database,
     "log": add_log,
+    "log-foreign": add_foreign_log,
+    "first-page": zero_first_page,
+    "header": flip_header,
+    "database-empty": empty_database,
+    "database-gone": remove_database,
+    "database-link": link_database,
+    "database-pipe": pipe_database,
+    "database-folder": folder_database,
+    "spool-copy": copy_spool,
 }
-FAULTS = tuple(damaged(f"damage.{name}", damage) for name, damage in _DAMAGES.items())
+FAULTS = (
+    *(damaged(f"damage.{name}", damage) for name, damage in _DAMAGES.items()),
+    damaged("damage.database-swap", swap_databases, workers=2),
+)

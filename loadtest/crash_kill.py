@@ -32,6 +32,7 @@ def _signal(pid: int, signum: int) -> bool:
 def _await_workers(site: Site, opened: int) -> None:
     """Until as many spools as there are workers have been opened since there were `opened` such lines."""
     begun = time.monotonic()
+    site.note_fault()
     wait_until(lambda: len(site.server.events("spool-opened")) >= opened + 1, "a new worker")
     wait_until(lambda: len(site.server.workers()) == site.workers, "all workers")
     site.note_recovery(time.monotonic() - begun)
@@ -82,6 +83,7 @@ def kill_supervisor(site: Site) -> None:
     site.note_fault()
     site.server.process.kill()
     site.server.process.wait()
+    site.note_fault()
     site.note_recovery(site.server.start())
 
 
@@ -102,6 +104,21 @@ def kill_recovery(site: Site) -> None:
         site.server.launch()
         time.sleep(site.chance.uniform(0, 0.8))
         site.kill()
+    site.restart()
+
+
+def kill_reload(site: Site) -> None:
+    """kill -9 of the group while it exchanges its configuration (SIGHUP), with mail in its queue. It starts with the
+    new one."""
+    before, after = 'retry_max = "2s"', 'retry_max = "3s"'
+    configuration = site.server.configuration
+    site.server.configuration = (
+        configuration.replace(before, after) if before in configuration else configuration.replace(after, before)
+    )
+    site.server.write_configuration()
+    _signal(site.server.supervisor, signal.SIGHUP)
+    time.sleep(site.chance.uniform(0, 0.4))
+    site.kill()
     site.restart()
 
 
@@ -156,6 +173,7 @@ FAULTS: tuple[Fault, ...] = (
     under_load("kill.group", kill_group, share=5),
     under_load("kill.recovery", kill_recovery, share=3),
     under_load("kill.workers", kill_workers, share=3),
+    under_load("kill.reload", kill_reload),
     under_load("kill.term", stop_in_order, share=2),
     under_load("kill.stop", stand_still, share=2),
     under_load("kill.stuck", stand_still_for_good, share=0.1),

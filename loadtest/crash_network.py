@@ -23,7 +23,7 @@ from .crash_fault import Fault, lost_run, play_run
 from .crash_load import Connection, GoneError, Letter, send_bdat, send_data
 from .crash_proxy import Cut, Proxy
 from .crash_result import Finding
-from .crash_server import CrashError, wait_until
+from .crash_server import CrashError
 from .crash_site import LOCAL, Bench, Site, opened
 from .ledger import make_body, outcome_of
 from .processes import find_program
@@ -101,7 +101,7 @@ def _outward(bench: Bench, cases: Sequence[Cut]) -> Iterator[Finding]:
                 for place, (cut, proxy) in enumerate(zip(row, proxies, strict=False)):
                     proxy.order([cut])
                     _send_one(site, site.server.port, f"r{number}c{place}", f"box@lane{place}.test", bdat=False)
-                wait_until(lambda: not site.server.queued(), "every message at its next host")
+                site.server.drain()
                 yield site.finish(sum(proxy.hits for proxy in proxies) > hits)
             except CrashError as error:
                 yield lost_run(site, number, str(error))

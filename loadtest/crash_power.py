@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from .crash_disk import Layout
 from .crash_fault import Fault, under_load
 from .crash_load import Connection, Letter, send_bdat
-from .crash_server import wait_until
 from .crash_site import LOCAL, Site
 from .ledger import make_body, outcome_of
 
@@ -44,7 +43,7 @@ def cut_power_behind(site: Site) -> None:
     """Power cut when everything has just been delivered and its marks are made: nobody will deliver it again, so every
     name in a mailbox must be durable by then."""
     site.running.stop()
-    wait_until(lambda: not site.server.queued(), "an empty queue")
+    site.server.drain()
     lose_power(site)
     site.restart()
 
@@ -83,7 +82,7 @@ def fill_log(site: Site) -> None:
             letter = Letter(name, make_body(name, FILLING_OCTETS, chance), (f"filling-{site.run}@{LOCAL}",))
             send_bdat(connection, [letter], chance)
             site.ledger.write(letter, outcome_of(letter.code), letter.code)
-    wait_until(lambda: not site.server.queued(), "an empty queue")
+    site.server.drain()
 
 
 def install(site: Site) -> None:

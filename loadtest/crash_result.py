@@ -1,25 +1,22 @@
-"""What a crash run has found, added up, and how it is shown.
+"""What crash runs have found, added up.
 
-In: a Finding for each run of a fault. Out: Tallies, one for each fault and one for its group, as a table for people, as
-JSON, and as a section of a document. "lost" are recipients of acknowledged messages that got nothing (rule A),
-"altered" deliveries that are not what was sent (B), "duplicates" second copies, those that a fault excuses included;
-what no fault excuses is a violation, as every broken rule is.
+In: a Finding for each run of a fault. Out: Tallies, one for each fault and one for its group; a Record: what one
+command has found, as JSON and read back from it. "lost" are recipients of acknowledged messages that got nothing
+(rule A), "altered" deliveries that are not what was sent (B), "duplicates" second copies, those that a fault excuses
+included; what no fault excuses is a violation, as every broken rule is.
 Always: a violation is named with its fault, seed and run, so that the run can be made again. Not here: the rules
-(rules).
-On failure: LoadError, where a document's markers are not whole.
+(rules), how it is shown (crash_docs). On failure: LoadError, where JSON is not of this making.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from . import LoadError
-from .comparison_text import render_table
-
-BEGIN = "<!-- made by python -m loadtest crash --docs: begin -->"
-END = "<!-- made by python -m loadtest crash --docs: end -->"
 
 
 @dataclass(slots=True)
@@ -51,6 +48,7 @@ class Tally:
     recovery: float = 0.0
     violations: list[str] = field(default_factory=list)
     why_not: str = ""  # it could not be run, or not to its end
+    whole: bool = False  # all cases that it has were asked for
 
     def add(self, found: Finding, seed: int) -> None:
         self.runs += found.struck
@@ -63,7 +61,7 @@ class Tally:
         self.violations += [f"{self.name}, --seed {seed}, run {found.run}: {text}" for text in found.violations]
 
     def as_json(self) -> dict[str, Any]:
-        """`why_not` only where there is a reason."""
+        """`why_not` only where there is a reason, `whole` only where it is so."""
         values: dict[str, Any] = {
             "runs": self.runs,
             "missed": self.missed,
@@ -74,7 +72,7 @@ class Tally:
             "slowest_recovery_s": round(self.recovery, 3),
             "violations": self.violations,
         }
-        return values | ({"why_not": self.why_not} if self.why_not else {})
+        return values | {name: value for name in ("why_not", "whole") if (value := getattr(self, name))}
 
 
 def sum_up(name: str, tallies: Iterable[Tally]) -> Tally:
@@ -101,35 +99,61 @@ def by_group(tallies: Sequence[Tally]) -> dict[str, list[Tally]]:
     return groups
 
 
-def render_results(tallies: Sequence[Tally]) -> str:
-    """A table with a row for each fault; a Markdown table that is aligned for the terminal too."""
-    rows: list[tuple[str, ...]] = [
-        ("fault", "runs", "acknowledged", "lost", "altered", "duplicates", "slowest recovery")
-    ]
-    rows += [
-        (
-            tally.name,
-            *(f"{count:,}" for count in (tally.runs, tally.acked, tally.lost, tally.altered, tally.duplicates)),
-            f"{tally.recovery:.1f} s" if tally.recovery else "–",
-        )
-        for tally in tallies
-    ]
-    return render_table(rows, texts=1)
+@dataclass(slots=True)
+class Record:
+    """What one command has found. `version` is that of what was tested, `machine` where, `date` when it began."""
+
+    command: str
+    seed: int
+    version: str
+    date: str
+    machine: str
+    tallies: list[Tally]
+
+    def as_json(self) -> dict[str, Any]:
+        """`faults` has a key for each group, with its sums; `parts` those of its faults."""
+        groups = {
+            group: sum_up(group, parts).as_json() | {"parts": {part.name: part.as_json() for part in parts}}
+            for group, parts in by_group(self.tallies).items()
+        }
+        facts = {name: getattr(self, name) for name in ("command", "seed", "version", "date", "machine")}
+        return {**facts, "faults": groups}
 
 
-def render_json(tallies: Sequence[Tally], seed: int, command: str) -> dict[str, Any]:
-    """`faults` has a key for each group, with its sums; `parts` those of its faults."""
-    groups = {
-        group: sum_up(group, parts).as_json() | {"parts": {part.name: part.as_json() for part in parts}}
-        for group, parts in by_group(tallies).items()
-    }
-    return {"command": command, "seed": seed, "faults": groups}
+def parse_record(values: dict[str, Any]) -> Record:
+    """What `Record.as_json` made. Raises KeyError, TypeError and AttributeError."""
+    tallies = []
+    for group in values["faults"].values():
+        for name, part in group["parts"].items():
+            known = {key: value for key, value in part.items() if key != "slowest_recovery_s"}
+            tallies.append(Tally(name, recovery=part["slowest_recovery_s"], **known))
+    version, date, machine = (str(values.get(name, "")) for name in ("version", "date", "machine"))
+    return Record(values["command"], values["seed"], version, date, machine, tallies)
 
 
-def insert_results(document: str, section: str) -> str:
-    """A document with this section between its markers. Raises LoadError where they do not stand once each."""
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not begin or not end or BEGIN in after or END in after:
-        raise LoadError(f"the markers {BEGIN!r} and {END!r} do not stand once each, in their order")
-    return f"{before}{BEGIN}\n\n{section.strip()}\n\n{END}{after}"
+def read_records(file: Path) -> list[Record]:
+    """Of one command, or of several as `write_records` writes them. Raises LoadError."""
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return [parse_record(one) for one in values.get("records", [values])]
+    except OSError as error:
+        raise LoadError(f"{file} cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadError(f"{file} holds no figures of crash runs: {error!r}") from None
+
+
+def write_records(file: Path, records: Sequence[Record]) -> None:
+    """Raises OSError."""
+    text = json.dumps({"records": [record.as_json() for record in records]}, indent=2, ensure_ascii=False)
+    file.write_text(f"{text}\n", encoding="utf-8")
+
+
+def merge(records: Sequence[Record]) -> list[Record]:
+    """The same, each fault in the last of those that have it."""
+    latest = {tally.name: tally for record in records for tally in record.tallies}
+    kept = []
+    for record in records:
+        record.tallies = [tally for tally in record.tallies if latest[tally.name] is tally]
+        if record.tallies:
+            kept.append(record)
+    return kept

@@ -3,8 +3,7 @@
 In: a folder for its configuration and log, a configuration, the folder that holds the package. Out: a Server whose
 processes form one group, so that nothing of it outlives `kill`; its log of all starts, as events; and how many
 recipients are still queued, by its control sockets.
-Always: it writes no metadata by io_uring (UV_USE_IO_URING=0), so that every call can be seen and struck. Its port is
-one that the kernel gives to no client, so that it is still free at the restart.
+Always: it writes no metadata by io_uring (UV_USE_IO_URING=0), so that every call can be seen and struck.
 Not here: what is sent, what must hold. On failure: CrashError, which is a finding, not the end of the command.
 """
 
@@ -12,7 +11,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -29,17 +27,6 @@ ROOT = Path(__file__).parents[1]
 
 class CrashError(Exception):
     """The server does not do what it must: one line."""
-
-
-def free_port() -> int:
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
@@ -68,6 +55,7 @@ class Server:
         self.port = port
         self.data = data
         self.configuration = ""
+        self.places = 1  # workers that it has, by its configuration
         self.host = "127.0.0.1"
         self.prefix: tuple[str, ...] = ()  # before its command, at every start
         self._package = package
@@ -81,8 +69,7 @@ class Server:
     def launch(self, wrapper: Sequence[str] = ()) -> None:
         """Starts it and waits for nothing. `wrapper` stands before its command."""
         self._begun = len(self.events("start"))
-        file = self.folder / "fastsmtp.toml"
-        file.write_text(self.configuration)
+        file = self.write_configuration()
         with self._log.open("ab") as output:
             self._process = subprocess.Popen(
                 [*self.prefix, *wrapper, sys.executable, "-m", "fastsmtp", "serve", "--config", str(file)],
@@ -90,6 +77,12 @@ class Server:
                 env={**os.environ, "PYTHONPATH": str(self._package), "UV_USE_IO_URING": "0"},
             )  # fmt: skip
         self._groups.append(self._process.pid)
+
+    def write_configuration(self) -> Path:
+        """What it reads at its next start, or when it is told to."""
+        file = self.folder / "fastsmtp.toml"
+        file.write_text(self.configuration)
+        return file
 
     def start(self, wrapper: Sequence[str] = ()) -> float:
         """Starts it; seconds until it accepted. Workers that lost their supervisor may still be busy with their end:
@@ -160,9 +153,10 @@ class Server:
         except subprocess.TimeoutExpired:
             raise CrashError(f"it does not end: {self.last_words()}") from None
 
-    def queued(self) -> int:
-        """Recipients that are neither delivered nor given up, by all workers. Raises CrashError."""
-        total = 0
+    def queued(self) -> int | None:
+        """Recipients that are neither delivered nor given up, by all workers; None: one of them does not answer yet.
+        A report and the end of what it reports on are seen in one. Raises CrashError."""
+        total = answers = 0
         for path in sorted((self.data / "control").iterdir()):
             with socket.socket(socket.AF_UNIX) as connection:
                 connection.settimeout(PATIENCE)
@@ -175,11 +169,16 @@ class Server:
                     connection.sendall(b'{"do": "count", "everything": true}\n')
                     answer = json.loads(connection.makefile("rb").readline())
                     total += int(answer["done"]["recipients"])
+                    answers += 1
                 except ConnectionRefusedError:
-                    continue  # of a worker that is no more
+                    continue  # of a worker that is no more, or not there yet
                 except (OSError, ValueError, KeyError) as error:
                     raise CrashError(f"a control socket does not answer: {error!r}") from None
-        return total
+        return total if answers >= self.places else None
+
+    def drain(self) -> None:
+        """Waits until nothing is queued. Raises CrashError."""
+        wait_until(lambda: self.queued() == 0, "an empty queue")
 
     def events(self, event: str) -> list[dict[str, Any]]:
         """The log's lines about one kind of event, of all starts."""

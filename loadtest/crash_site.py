@@ -24,16 +24,16 @@ from pathlib import Path
 from .crash_disk import Ground, Layout, ground
 from .crash_load import Load, Traffic
 from .crash_result import Finding
-from .crash_server import Server, free_port, wait_until
+from .crash_server import Server
 from .deliveries import read_maildirs, sent_octets
 from .ledger import Ledger, Outcome, find_fault
+from .processes import free_port
 from .rules import Circumstances, Report, verify
 from .sink_server import SinkProcess
 
 MAILBOXES = 6
 LOCAL, NEXT = "here.test", "there.test"  # ends in a Maildir; is relayed to the sink
 NOBODY = f"nobody@{NEXT}"  # refused by the sink, so that reports are made
-TWICE_SECONDS = 0.1
 CLEAN_SECONDS = 5.0  # until a queue that is empty has removed its body files
 
 _CONFIGURATION = """\
@@ -119,7 +119,7 @@ class Site:
 
     def configure(self, workers: int) -> None:
         """From the next start on."""
-        self.workers = workers
+        self.workers = self.server.places = workers
         self.server.configuration = _CONFIGURATION.format(
             data=json.dumps(str(self.ground.data)),
             mail=json.dumps(f"{self.ground.mail}/{{domain}}/{{local}}"),
@@ -142,6 +142,7 @@ class Site:
         """The whole group, with SIGKILL."""
         self.note_fault()
         self.server.kill()
+        self.note_fault()  # on a busy machine what is killed may deliver until here
 
     def restart(self) -> None:
         """Starts it again after what was done to it, when a reader has looked into the mailboxes. Raises CrashError."""
@@ -149,7 +150,10 @@ class Site:
         self.note_recovery(self.server.start())
 
     def note_recovery(self, seconds: float) -> None:
+        """It accepts again. What the old server sent last the sink may have noted meanwhile."""
         self._recovery = max(self._recovery, seconds)
+        if self._faults:
+            self.note_fault()
 
     def check_whole(self) -> None:
         """Nobody writes now, so this is what a reader sees at that moment: no part of a message."""
@@ -196,7 +200,7 @@ class Site:
     def finish(self, struck: bool = True, damaged: frozenset[str] | None = None) -> Finding:
         """Waits for the end of all deliveries, and compares. `damaged`: what was kept was damaged by us, and messages
         of these ids were set aside for it. Raises CrashError."""
-        wait_until(lambda: not self.server.queued(), "an empty queue")
+        self.server.drain()
         report = self._verify()
         if damaged is not None:
             report.violations = [found for found in report.violations if found.rule != "A" or found.id not in damaged]
@@ -214,6 +218,7 @@ class Site:
         ]
         if damaged is None:
             found.violations += [f"E: left over: {path}" for path in self._leftovers()]
+            found.violations += [f"put aside: {path}" for path in self.ground.data.glob("spool/*/damaged-*")]
             aside = self.server.events("set-aside")
             found.violations += [f"set aside: {event.get('id')}: {event.get('why')}" for event in aside]
         return found

@@ -133,7 +133,7 @@ def warm_up(site: Site) -> None:
     """Makes the threads that are made when they are needed first."""
     steps = Steps(site, "w")
     steps.send([steps.letter(100, f"warm-{site.run}@{LOCAL}", f"box@{NEXT}")])
-    wait_until(lambda: not site.server.queued(), "an empty queue")
+    site.server.drain()
 
 
 def warm_up_and_fill(site: Site) -> None:

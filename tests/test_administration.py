@@ -7,7 +7,7 @@ import json
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 import apsw
@@ -191,6 +191,40 @@ def test_mail_that_comes_meanwhile_is_not_reached(tmp_path: Path, monkeypatch: p
             held = [row["id"] async for row in spool.administration.messages("", "held")]
             assert held == before
             assert await last(spool.administration.hold(EVERYTHING)) == Changed(late, late, 0)
+
+    run(main())
+
+
+@pytest.mark.parametrize("slice_", [1, 5000])
+@pytest.mark.parametrize("overtaken", [1, 2, 3])
+def test_a_queue_with_a_report_in_it_is_never_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overtaken: int, slice_: int
+) -> None:
+    """One commit ends a message and keeps the report on it, while somebody counts."""
+    monkeypatch.setattr("fastsmtp.administration.SLICE", slice_)
+
+    async def main() -> None:
+        async with Yard(tmp_path).opened() as spool:
+            spool.on_stored = lambda jobs: None
+            message = await keep(spool)
+            administration = spool.administration
+            read = administration._read
+            reads = 0
+
+            async def count_reads(work: Callable[[], object]) -> object:
+                nonlocal reads
+                found = await read(work)
+                reads += 1
+                if reads == overtaken:
+                    answers = Answers()
+                    spool.append(*letter(spool, b"Subject: report\r\n\r\n"), answers, [Mark(key_of(message.id), 0)])
+                    await answers.wait(1)
+                return found
+
+            monkeypatch.setattr(administration, "_read", count_reads)
+            assert (await administration.count(EVERYTHING)).messages > 0
+            assert reads >= overtaken
+            assert spool.backlog == 1
 
     run(main())
 

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -24,8 +25,9 @@ from needs import needs, needs_root
 
 from loadtest import LoadError, crash
 from loadtest.crash import choose, crash_command, share_out
+from loadtest.crash_docs import PROMISE, RESULTS, insert, render_promise, render_results
 from loadtest.crash_fault import Fault
-from loadtest.crash_result import BEGIN, END, Finding, Tally, insert_results, render_json, render_results, sum_up
+from loadtest.crash_result import Finding, Record, Tally, merge, read_records, sum_up
 from loadtest.crash_server import ROOT
 from loadtest.crash_site import Bench
 from loadtest.crash_trace import threads_of, traced
@@ -41,6 +43,11 @@ ON_DISKS = (
 )
 DAMAGED = (("damage.body-flip", 1), ("damage.body-pipe", 1), ("damage.database-cut", 1))
 BROKEN = (("disk.full-ext4", 1), ("disk.eio-once", 1), ("disk.eio-kill", 1), ("network.swallow", 1))
+DOCUMENT = "".join(
+    f"{name}\n<!-- made by python -m loadtest crash --docs: {name}, begin -->\nold\n"
+    f"<!-- made by python -m loadtest crash --docs: {name}, end -->\n"
+    for name in (PROMISE, RESULTS)
+)
 TRIES = 30  # a fault's moment is the machine's: a mistake loses nothing in some runs
 GROUPS = ("kill", "power", "sweep", "disk", "damage", "network", "limits")
 LAYOUTS = ("ext4-two", "ext4-one", "xfs-two", "xfs-one")
@@ -190,32 +197,127 @@ def test_every_fault_says_what_it_does() -> None:
 # --- the command ---
 
 
-def test_a_violation_is_told_so_that_it_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def bad(bench: Bench) -> Iterator[Finding]:
-        for run in bench.numbers:
-            violations = ["A m1 <a@b.test>: gone"] if run == 8 else []
-            yield Finding(run, acked=10, lost=len(violations), recovery=0.5, violations=violations, struck=run != 9)
+def _bad(bench: Bench) -> Iterator[Finding]:
+    for run in bench.numbers:
+        (bench.folder / "data").mkdir(parents=True, exist_ok=True)
+        (bench.folder / "data" / "spool").write_text(f"of run {run}")
+        (bench.folder / "disk.image").touch()
+        os.mkfifo(bench.folder / f"pipe{run}")
+        violations = ["A m1 <a@b.test>: gone"] if run == 8 else []
+        yield Finding(run, acked=10, lost=len(violations), recovery=0.5, violations=violations, struck=run != 9)
 
-    monkeypatch.setattr(crash, "all_faults", lambda: {"bad.one": Fault("bad.one", bad, "Bad.")})
+
+def test_a_violation_is_told_so_that_it_can_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crash, "all_faults", lambda: {"kill.one": Fault("kill.one", _bad, "Bad.")})
     file, document = tmp_path / "json", tmp_path / "document.md"
-    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    arguments = ["bad", "--runs", "3", "--first", "7", "--seed", "4", "--json", str(file), "--docs", str(document)]
+    document.write_text(DOCUMENT)
+    arguments = ["kill", "--runs", "3", "--first", "7", "--seed", "4", "--json", str(file), "--docs", str(document)]
     done = CliRunner().invoke(crash_command, [*arguments, "--dir", str(tmp_path)])
     assert done.exit_code == 1
-    assert "bad.one, --seed 4, run 8: A m1 <a@b.test>: gone" in done.output
+    assert "kill.one, --seed 4, run 8: A m1 <a@b.test>: gone" in done.output
     assert "violations: 1; seed 4" in done.output
-    group = json.loads(file.read_text())["faults"]["bad"]
+    group = json.loads(file.read_text())["faults"]["kill"]
     assert {key: group[key] for key in ("runs", "missed", "acked", "lost", "altered", "duplicates")} == {
         "runs": 2, "missed": 1, "acked": 30, "lost": 1, "altered": 0, "duplicates": 0,
     }  # fmt: skip
     assert group["slowest_recovery_s"] == 0.5
-    assert group["parts"]["bad.one"]["runs"] == 2
+    assert group["parts"]["kill.one"]["runs"] == 2
     text = document.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
     assert "old" not in text
-    assert "| bad.one |    2 |           30 |    1 |" in text
+    assert "| kill.one |    2 |           30 |    1 |" in text
+    assert "python -m loadtest crash kill --runs 3 --seed 4 --first 7" in text
+    assert str(tmp_path) not in text
+    assert "**1 of their recipients got nothing**" in " ".join(text.split())
+    (left,) = tmp_path.glob("crash-*")
+    assert f"kept in {left}/evidence" in done.output
+    assert sorted(str(path.relative_to(left)) for path in left.rglob("*") if path.is_file()) == [
+        "evidence/kill.one-8/data/spool"
+    ]
+    assert (left / "evidence/kill.one-8/data/spool").read_text() == "of run 8"
+
+
+def _found(name: str, **values: Any) -> dict[str, Fault]:
+    def play(bench: Bench) -> Iterator[Finding]:
+        yield Finding(0, **values)
+
+    return {name: Fault(name, play, name, every=True)}
+
+
+def test_a_document_keeps_the_rows_of_what_was_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    faults = _found("kill.one", acked=10) | _found("kill.two", acked=20) | _found("sweep.ext4-one", acked=30)
+    monkeypatch.setattr(crash, "all_faults", lambda: faults)
+    document, file = tmp_path / "document.md", tmp_path / "kill.json"
+    document.write_text(DOCUMENT)
+
+    def run(*arguments: str) -> str:
+        done = CliRunner().invoke(crash_command, [*arguments, "--dir", str(tmp_path), "--docs", str(document)])
+        assert done.exit_code == 0, done.output
+        return document.read_text()
+
+    text = run("kill", "--seed", "1", "--json", str(file))
+    assert "Not run: sweep.ext4-one." in text
+    text = run("sweep", "--seed", "2")
+    assert "Not run" not in text
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("| ") and "." in line.split()[1]] == [
+        "kill.one", "kill.two", "sweep.ext4-one"
+    ]  # fmt: skip
+    promise = " ".join(text.split())
+    assert (
+        "In **2 kills** of workers, the supervisor, or all of it and **1 power cut at every step** of the path"
+        in promise
+    )
+    assert "on ext4, with 60 messages acknowledged, **no acknowledged message was lost or altered**." in promise
+    assert text.index("crash kill --seed 1") < text.index("crash sweep --seed 2")
+    faults |= _found("kill.two", acked=2000)
+    text = run("kill.two", "--runs", "1", "--seed", "3")
+    assert text.count("| kill.two ") == 1
+    assert "2,000" in text
+    assert "crash kill --seed 1" in text  # of the other fault
+    # And from a file, with nothing run
+    text = run("kill.two", "--from", str(file))
+    assert "2,000" not in text
+    assert "crash kill.two" not in text
     assert not list(tmp_path.glob("crash-*"))
+    assert [len(one.tallies) for one in read_records(document.with_suffix(".json"))] == [1, 1, 1]
+
+
+def test_what_was_left_out_is_not_promised() -> None:
+    sweep = Tally("sweep.ext4-one", runs=5)
+    assert "**5 power cuts at single steps**" in render_promise([sweep])
+    sweep.whole = True
+    assert "**5 power cuts at every step**" in render_promise([sweep])
+    assert "**5 power cuts at single steps**" in render_promise(
+        [sweep, Tally("sweep.xfs-one", whole=True, why_not="no xfs")]
+    )
+    assert "In no run, with 0 messages" in render_promise([Tally("kill.term", runs=5)])
+    assert "1 kill**" in render_promise([Tally("kill.worker", runs=1)])
+    broken = render_promise([Tally("kill.worker", runs=1, lost=3, violations=["E: left over"])])
+    assert "no acknowledged message was lost" not in broken
+    assert "**3 of their recipients got nothing**" in broken
+    assert "1 rule was broken" in broken
+    assert "no acknowledged message" in render_promise([Tally("kill.worker", runs=1, violations=["E: left over"])])
+
+
+def test_a_fault_counts_where_it_was_run_last() -> None:
+    first = Record("a", 1, "", "", "", [Tally("a.x", runs=1), Tally("a.y", runs=2)])
+    second = Record("b", 1, "", "", "", [Tally("a.x", runs=3)])
+    kept = merge([first, second])
+    assert [(one.command, tally.name, tally.runs) for one in kept for tally in one.tallies] == [
+        ("a", "a.y", 2), ("b", "a.x", 3)
+    ]  # fmt: skip
+    assert [one.command for one in merge([second, Record("c", 1, "", "", "", [Tally("a.x", runs=4)])])] == ["c"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"records": 1}', '{"faults": {"a": {"parts": {"a.x": {"runs": 1}}}}}']
+)
+def test_a_file_that_holds_no_figures(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "json"
+    file.write_text(text)
+    done = CliRunner().invoke(crash_command, ["all", "--from", str(file)])
+    assert done.exit_code == 1
+    assert isinstance(done.exception, LoadError)
+    assert str(file) in str(done.exception)
 
 
 def test_a_fault_that_cannot_be_made_stops_no_other(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -250,11 +352,11 @@ def test_a_group_is_the_sum_of_its_faults() -> None:
     assert (total.runs, total.acked, total.lost, total.altered, total.duplicates) == (2, 7, 1, 2, 1)
     assert total.recovery == 2.0
     assert total.violations == ["a.y, --seed 1, run 0: A"]
-    assert list(render_json([one, other], 1, "x")["faults"]["a"]["parts"]) == ["a.x", "a.y"]
+    assert list(Record("x", 1, "", "", "", [one, other]).as_json()["faults"]["a"]["parts"]) == ["a.x", "a.y"]
     assert len(render_results([one, other]).splitlines()) == 4
 
 
-@pytest.mark.parametrize("document", ["", BEGIN, f"{END}{BEGIN}", f"{BEGIN}{END}{END}"])
+@pytest.mark.parametrize("document", ["", DOCUMENT.partition("old")[0], DOCUMENT * 2])
 def test_a_document_without_its_markers(document: str) -> None:
     with pytest.raises(LoadError, match="markers"):
-        insert_results(document, "x")
+        insert(document, PROMISE, "x")

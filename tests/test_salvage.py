@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import apsw
@@ -11,17 +14,19 @@ import pytest
 from keeping import INLINE, Yard, keep, octets, run
 
 from fastsmtp import salvage
-from fastsmtp.spool import Spool, SpoolError
+from fastsmtp.ids import key_of
+from fastsmtp.spool import CLOSED, Spool, SpoolError
+from fastsmtp.store import FORMAT
 
 PAGE = 4096
 MESSAGES = 60
 
 
-async def _fill(yard: Yard) -> dict[str, bytes]:
+async def _fill(yard: Yard, messages: int = MESSAGES) -> dict[str, bytes]:
     """Bodies by id; the first of them in a file."""
     kept = {}
     async with yard.opened() as spool:
-        for number in range(MESSAGES):
+        for number in range(messages):
             body = octets(INLINE + 1 if not number else 100 * number)
             kept[(await keep(spool, body)).id] = body
     return kept
@@ -34,6 +39,25 @@ async def _read_all(spool: Spool) -> dict[str, bytes]:
             message = job.message
             found[message.id] = Path(message.file).read_bytes() if message.file else b"".join(message.parts or [])
     return found
+
+
+async def _fill_and_kill(yard: Yard) -> dict[str, bytes]:
+    """With nothing in files; what a process leaves behind that was killed."""
+    kept = {}
+    left = yard.path / "left"
+    async with yard.opened() as spool:
+        for number in range(20):
+            body = octets(100 * number)
+            kept[(await keep(spool, body)).id] = body
+        shutil.copytree(yard.directory, left)
+    yard.directory = left
+    return kept
+
+
+async def _again(yard: Yard) -> dict[str, bytes]:
+    """What there is to be delivered after another start."""
+    async with yard.opened() as spool:
+        return await _read_all(spool)
 
 
 def _leaves(yard: Yard, table: str) -> list[int]:
@@ -55,12 +79,7 @@ def test_what_is_on_other_pages_is_delivered_and_the_rest_is_named(tmp_path: Pat
     kept = run(_fill(yard))
     _zero(yard, _leaves(yard, table)[0])
     before = (yard.directory / "spool.db").read_bytes()
-
-    async def again() -> dict[str, bytes]:
-        async with yard.opened() as spool:
-            return await _read_all(spool)
-
-    found = run(again())
+    found = run(_again(yard))
     assert found.items() <= kept.items()
     named = {line["id"].removeprefix("key ") for line in yard.lines("set-aside")}
     missing = kept.keys() - found.keys()
@@ -70,7 +89,7 @@ def test_what_is_on_other_pages_is_delivered_and_the_rest_is_named(tmp_path: Pat
     assert (folder / "spool.db").read_bytes() == before
     assert all(line["path"] == str(folder) for line in yard.lines("set-aside"))
     assert [line["where"] for line in yard.lines("spool-warning")] == ["damage"]
-    assert run(again()) == found
+    assert run(_again(yard)) == found
     assert len(list(yard.directory.glob("damaged-*"))) == 1, "the new database is sound"
 
 
@@ -78,12 +97,7 @@ def test_body_files_of_what_is_not_kept_go_to_the_damaged_database(tmp_path: Pat
     yard = Yard(tmp_path)
     kept = run(_fill(yard))
     _zero(yard, _leaves(yard, "message")[0])
-
-    async def again() -> dict[str, bytes]:
-        async with yard.opened() as spool:
-            return await _read_all(spool)
-
-    assert next(iter(kept)) not in run(again())
+    assert next(iter(kept)) not in run(_again(yard))
     (folder,) = yard.directory.glob("damaged-*")
     assert (folder / next(iter(kept))).read_bytes() == next(iter(kept.values()))
     assert os.listdir(yard.directory / "body") == []
@@ -94,12 +108,7 @@ def test_a_file_that_is_too_short(tmp_path: Path) -> None:
     kept = run(_fill(yard))
     file = yard.directory / "spool.db"
     os.truncate(file, file.stat().st_size // 2 // PAGE * PAGE)
-
-    async def again() -> dict[str, bytes]:
-        async with yard.opened() as spool:
-            return await _read_all(spool)
-
-    found = run(again())
+    found = run(_again(yard))
     assert found.items() < kept.items()
     assert found
 
@@ -131,19 +140,269 @@ def test_what_cannot_be_salvaged_is_left_as_it_is(tmp_path: Path, monkeypatch: p
     assert run(at_last()) > 0
 
 
-def test_a_file_that_is_no_database_is_left_alone(tmp_path: Path) -> None:
-    yard = Yard(tmp_path)
-    yard.directory.mkdir()
+def _damage(yard: Yard, kind: str) -> None:
     file = yard.directory / "spool.db"
-    file.write_bytes(b"what is this?" * 1000)
+    octets_ = file.read_bytes()
+    if kind == "first-page":
+        file.write_bytes(bytes(PAGE) + octets_[PAGE:])
+    elif kind == "noise":
+        file.write_bytes(os.urandom(PAGE) + octets_[PAGE:])
+    elif kind == "no-spool":
+        with yard.database() as db:
+            db.pragma("application_id", 7)
+    elif kind == "format":
+        with yard.database() as db:
+            db.pragma("user_version", 1 << 24 | FORMAT)
+    else:
+        file.rename(yard.path / "elsewhere")
+        if kind == "empty":
+            file.touch()
+        elif kind == "link":
+            file.symlink_to(yard.path / "elsewhere")
+        elif kind == "pipe":
+            os.mkfifo(file)
+        elif kind == "folder":
+            file.mkdir()
+            (file / "x").touch()
 
-    async def opened() -> None:
+
+@pytest.mark.parametrize("kind", ["first-page", "noise", "no-spool", "format"])
+def test_a_first_page_is_not_needed(tmp_path: Path, kind: str) -> None:
+    yard = Yard(tmp_path)
+    kept = run(_fill(yard))
+    _damage(yard, kind)
+    before = (yard.directory / "spool.db").read_bytes()
+    assert run(_again(yard)) == kept
+    assert yard.lines("set-aside") == []
+    (folder,) = yard.directory.glob("damaged-*")
+    assert os.listdir(folder) == ["spool.db"]
+    assert (folder / "spool.db").read_bytes() == before
+    (line,) = yard.lines("spool-warning")
+    assert f": {MESSAGES} messages could be read" in line["why"]
+    assert str(folder) in line["why"]
+    assert run(_again(yard)) == kept
+    assert len(list(yard.directory.glob("damaged-*"))) == 1
+
+
+def test_whatever_a_header_says_it_starts(tmp_path: Path) -> None:
+    """Each octet of the database's header is another one."""
+    yard = Yard(tmp_path)
+    kept = run(_fill(yard, 12))
+    whole = (yard.directory / "spool.db").read_bytes()
+    for place in range(100):
+        octets_ = bytearray(whole)
+        octets_[place] ^= 1 << place % 8
+        (yard.directory / "spool.db").write_bytes(octets_)
+        assert run(_again(yard)) == kept, place
+        for number, folder in enumerate(yard.directory.glob("damaged-*")):
+            folder.rename(tmp_path / f"{place}-{number}")
+    assert sum("messages could be read" in line["why"] for line in yard.lines("spool-warning")) > 30
+    assert yard.lines("set-aside") == []
+
+
+@pytest.mark.parametrize("kind", ["empty", "gone", "link", "pipe", "folder"])
+def test_without_a_database_bodies_are_not_thrown_away(tmp_path: Path, kind: str) -> None:
+    yard = Yard(tmp_path)
+    kept = run(_fill(yard))
+    large = next(iter(kept))
+    _damage(yard, kind)
+    assert run(_again(yard)) == {}
+    (folder,) = yard.directory.glob("damaged-*")
+    assert (folder / large).read_bytes() == kept[large]
+    (line,) = yard.lines("spool-warning")
+    assert ": 0 messages could be read" in line["why"]
+    if kind == "link":
+        assert (folder / "spool.db").readlink() == tmp_path / "elsewhere"
+    assert (tmp_path / "elsewhere").exists()
+    # Put back, all is there.
+    (yard.directory / "spool.db").unlink()
+    (tmp_path / "elsewhere").rename(yard.directory / "spool.db")
+    (folder / large).rename(yard.directory / "body" / large)
+    assert run(_again(yard)) == kept
+
+
+@pytest.mark.parametrize("kind", ["first-page", "empty", "gone", "pipe"])
+def test_what_the_log_holds_is_read_too(tmp_path: Path, kind: str) -> None:
+    """Killed, so that most is still in the log."""
+    yard = Yard(tmp_path)
+    kept = run(_fill_and_kill(yard))
+    assert (yard.directory / "spool.db-wal").stat().st_size > 0
+    _damage(yard, kind)
+    assert run(_again(yard)) == kept
+    # Where the log has a first page, nothing is missing.
+    folders = list(yard.directory.glob("damaged-*"))
+    assert [(folder / "spool.db-wal").stat().st_size > 0 for folder in folders] == [True] * (kind != "first-page")
+
+
+@pytest.mark.parametrize("kind", ["first-page", "empty", "pipe"])
+def test_a_renewal_that_was_cut_off_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    yard = Yard(tmp_path)
+    kept = run(_fill(yard)) if kind == "first-page" else run(_fill_and_kill(yard))
+    _damage(yard, kind)
+    whole, calls, last = yard.directory, 1, 0
+
+    def cut(call: Callable[..., None]) -> Callable[..., None]:
+        def at_the_last(*arguments: object, **options: object) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise OSError(5, "cut off")
+            call(*arguments, **options)
+
+        return at_the_last
+
+    for name in ("rename", "link", "unlink"):
+        monkeypatch.setattr(os, name, cut(getattr(os, name)))
+    refused = 0
+    while calls >= last:
+        last += 1
+        yard.directory = tmp_path / str(last)
+        subprocess.run(["cp", "-a", whole, yard.directory], check=True)  # FIFOs too
+        calls = 0
+        try:
+            found = run(_again(yard))
+        except SpoolError:
+            refused += 1
+            found = run(_again(yard))
+        assert found == kept, last
+    assert refused > 10
+
+
+def test_a_log_that_was_empty_at_the_end_is_not_read(tmp_path: Path) -> None:
+    """It is that of another database: all its messages were deleted."""
+    yard = Yard(tmp_path)
+    kept = run(_fill(yard))
+    other = tmp_path / "other.db"
+    shutil.copyfile(yard.directory / "spool.db", other)
+    db = apsw.Connection(str(other))
+    db.execute("PRAGMA journal_mode = WAL; DELETE FROM recipient; DELETE FROM message").fetchall()
+    shutil.copyfile(f"{other}-wal", yard.directory / "spool.db-wal")
+    db.close()
+    assert run(_again(yard)) == kept
+    (folder,) = yard.directory.glob("damaged-*")
+    assert (folder / "spool.db-wal").stat().st_size > 0
+    (line,) = yard.lines("spool-warning")
+    assert (line["where"], "spool.db-wal was empty" in line["why"]) == ("log", True)
+
+
+def test_a_log_is_read_unless_the_end_was_in_order(tmp_path: Path) -> None:
+    """The mark of an end in order is gone before anything is written."""
+    yard = Yard(tmp_path)
+
+    async def killed() -> None:
         spool = yard.spool()
-        with pytest.raises(SpoolError, match=r"spool\.db: not a database$"):
-            spool.open()
+        spool.open()
+        await keep(spool)
+        shutil.copytree(yard.directory, tmp_path / "copy")
+        await spool.close()
 
-    run(opened())
-    assert file.read_bytes() == b"what is this?" * 1000
+    run(_fill(yard))
+    assert (yard.directory / "lock").read_bytes() == CLOSED
+    run(killed())
+    yard.directory = tmp_path / "copy"
+    assert (yard.directory / "lock").read_bytes() != CLOSED
+    assert len(run(_again(yard))) == MESSAGES + 1
+    assert not list(yard.directory.glob("damaged-*"))
+
+
+def test_a_log_that_is_put_back_is_read_without_the_lock_file(tmp_path: Path) -> None:
+    """As docs/durability.md says."""
+    yard = Yard(tmp_path)
+    kept = run(_fill_and_kill(yard))
+    for end in ("", "-wal"):
+        (yard.directory / f"spool.db{end}").rename(tmp_path / f"away{end}")
+    assert run(_again(yard)) == {}
+    for end in ("", "-wal"):
+        (tmp_path / f"away{end}").rename(yard.directory / f"spool.db{end}")
+    (yard.directory / "lock").unlink()
+    assert run(_again(yard)) == kept
+
+
+@pytest.mark.parametrize("end", ["wal", "shm"])
+@pytest.mark.parametrize("kind", ["link", "pipe", "folder"])
+def test_what_stands_in_the_place_of_the_log_is_put_aside(tmp_path: Path, end: str, kind: str) -> None:
+    yard = Yard(tmp_path)
+    kept = run(_fill(yard))
+    log = yard.directory / f"spool.db-{end}"
+    log.unlink(missing_ok=True)
+    if kind == "link":
+        (tmp_path / "elsewhere").write_bytes(b"theirs")
+        log.symlink_to(tmp_path / "elsewhere")
+    elif kind == "pipe":
+        os.mkfifo(log)
+    else:
+        log.mkdir()
+    assert run(_again(yard)) == kept
+    (folder,) = yard.directory.glob("damaged-*")
+    assert os.listdir(folder) == [log.name]
+    if kind == "link":
+        assert (tmp_path / "elsewhere").read_bytes() == b"theirs"
+
+
+def test_swapped_databases_lose_no_body(tmp_path: Path) -> None:
+    yard, other = Yard(tmp_path), Yard(tmp_path)
+    other.directory = tmp_path / "other"
+    kept = [run(_fill(one)) for one in (yard, other)]
+    places = [one.directory / "spool.db" for one in (yard, other)]
+    places[0].rename(tmp_path / "between")
+    places[1].rename(places[0])
+    (tmp_path / "between").rename(places[1])
+    found = [run(_again(one)) for one in (yard, other)]
+    for bodies, theirs, one in zip(kept, reversed(found), (yard, other), strict=True):
+        large = next(iter(bodies))
+        assert theirs == {name: body for name, body in bodies.items() if name != large}
+        (folder,) = one.directory.glob("damaged-*")
+        assert (folder / large).read_bytes() == bodies[large]
+    assert {line["id"] for one in (other, yard) for line in one.lines("set-aside")} == {
+        next(iter(bodies)) for bodies in kept
+    }
+
+
+def test_a_message_and_its_recipients_that_do_not_know_each_other(tmp_path: Path) -> None:
+    """A bit of a key is another one: the pages hang together, and nothing would ever be tried."""
+    yard = Yard(tmp_path)
+    kept = run(_fill(yard))
+    lost = list(kept)[7]
+    with yard.database() as db:
+        db.execute("UPDATE recipient SET message = message | (1 << 60) WHERE message = ?", (key_of(lost),))
+        assert db.execute("PRAGMA quick_check").get == "ok"
+    assert run(_again(yard)) == {name: body for name, body in kept.items() if name != lost}
+    named = {line["id"]: line["why"] for line in yard.lines("set-aside")}
+    other = f"key {key_of(lost) | 1 << 60}"
+    assert named == {lost: "its recipients are gone", other: "its record is gone; it was for example.net"}
+
+    async def count() -> tuple[int, int]:
+        async with yard.opened() as spool:
+            return spool.backlog, spool.broken
+
+    assert run(count()) == (MESSAGES - 1, 1)
+    assert len(yard.lines("set-aside")) == 2, "told once"
+
+
+def test_an_older_database_costs_no_body(tmp_path: Path) -> None:
+    """Somebody has put back what he kept: the bodies that came since are no rubbish."""
+    yard = Yard(tmp_path)
+    run(_fill(yard, 0))
+    shutil.copyfile(yard.directory / "spool.db", tmp_path / "backup")
+    kept = run(_fill(yard))
+    large = next(iter(kept))
+    shutil.copyfile(tmp_path / "backup", yard.directory / "spool.db")
+    assert run(_again(yard)) == {}
+    (folder,) = yard.directory.glob("damaged-*")
+    assert (folder / large).read_bytes() == kept[large]
+    (line,) = yard.lines("spool-warning")
+    assert str(folder) in line["why"]
+
+
+def test_what_a_kill_has_left_is_removed(tmp_path: Path) -> None:
+    yard = Yard(tmp_path)
+    kept = run(_fill(yard))
+    (yard.directory / "lock").write_bytes(b"")
+    orphan = yard.directory / "body" / ("0" * 20)
+    orphan.write_bytes(b"begun")
+    assert run(_again(yard)) == kept
+    assert not orphan.exists()
+    assert not list(yard.directory.glob("damaged-*"))
 
 
 def test_a_large_database_is_not_read_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,13 +410,17 @@ def test_a_large_database_is_not_read_through(tmp_path: Path, monkeypatch: pytes
     run(_fill(yard))
     monkeypatch.setattr(salvage, "CHECKED_OCTETS", 1000)
     monkeypatch.setattr(salvage.Store, "check", lambda _: False)
-
-    async def again() -> int:
-        async with yard.opened() as spool:
-            return len(await _read_all(spool))
-
-    assert run(again()) == MESSAGES
+    assert len(run(_again(yard))) == MESSAGES
     assert not list(yard.directory.glob("damaged-*"))
+
+
+def test_damage_that_shows_late_in_a_large_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yard = Yard(tmp_path)
+    kept = run(_fill(yard))
+    monkeypatch.setattr(salvage, "CHECKED_OCTETS", 1000)
+    _zero(yard, _leaves(yard, "message_in_file")[0])
+    assert run(_again(yard)) == kept
+    assert len(list(yard.directory.glob("damaged-*"))) == 1
 
 
 def test_keys_are_found_on_both_sides_of_what_cannot_be_read(tmp_path: Path) -> None:
