@@ -26,11 +26,13 @@ DIRECTIVES = {
 
 
 HOT = (
-    *("address", "bodies", "commands", "commit", "connection", "destinations", "domains", "extensions", "fate", "ids"),
-    *("log", "memory_spool", "message", "queue", "record", "reply", "room", "routes", "service", "session", "spool"),
-    *("terms", "transaction", "verdict", "delivery/body", "delivery/dialogue", "delivery/discard", "delivery/link"),
+    *("address", "bodies", "commands", "commit", "connection", "destinations", "domains", "doors", "extensions"),
+    *("fate", "gate", "ids", "job", "lists", "log", "memory_spool", "message", "patterns", "queue", "record", "reply"),
+    *("room", "routes", "service", "session", "spool", "terms", "tls_transport", "transaction", "verdict", "waiting"),
+    *("delivery/__init__", "delivery/body", "delivery/dialogue", "delivery/discard", "delivery/link"),
     *("delivery/maildir", "delivery/offers", "delivery/replies", "delivery/transaction"),
-    *("policy/recipients", "policy/relay"),
+    *("policy/__init__", "policy/limits", "policy/lookup", "policy/quota", "policy/recipients", "policy/relay"),
+    *("policy/rules", "policy/senders"),
 )
 
 

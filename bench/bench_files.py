@@ -39,7 +39,7 @@ def cpu() -> float:
 @pytest.mark.parametrize("each", [False, True], ids=["batch", "each"])
 @pytest.mark.parametrize("mailboxes", [1, 1000])
 @pytest.mark.parametrize("size", [1, 8, 64])
-def test_write_batch(benchmark: BenchmarkFixture, root: Path, size: int, mailboxes: int, each: bool) -> None:
+def bench_write_batch(benchmark: BenchmarkFixture, root: Path, size: int, mailboxes: int, each: bool) -> None:
     (root / "temporary").mkdir()
     directory = os.open(root / "temporary", os.O_RDONLY | os.O_DIRECTORY)
     boxes = [os.fsencode(root / f"y.test/u{i}") for i in range(mailboxes)]

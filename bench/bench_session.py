@@ -68,7 +68,8 @@ def connect() -> Iterator[Callable[[], Connection]]:
         log.flush()
         keeper._hand_over()
         connection = Connection(service)
-        connection.connection_made(Transport())  # type: ignore[arg-type]
+        transport: Any = Transport()
+        connection.connection_made(transport)
         connection.data_received(b"EHLO client.test\r\n")
         return connection
 

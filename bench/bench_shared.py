@@ -43,16 +43,16 @@ def keys(shared: Shared) -> Callable[[], int]:
     return cycle([shared.key(1, number.to_bytes(4)) for number in range(CLIENTS)]).__next__
 
 
-def test_spend(benchmark: Any, shared: Shared) -> None:
+def bench_spend(benchmark: Any, shared: Shared) -> None:
     key = keys(shared)
     assert benchmark(lambda: shared.spend(key(), 0.001, 1000, 1000.0)) in (0.0, pytest.approx(0, abs=1))
 
 
-def test_key(benchmark: Any, shared: Shared) -> None:
+def bench_key(benchmark: Any, shared: Shared) -> None:
     assert benchmark(lambda: shared.key(1, b"\xc0\0\2\1"))
 
 
-def test_enter_and_leave(benchmark: Any, shared: Shared) -> None:
+def bench_enter_and_leave(benchmark: Any, shared: Shared) -> None:
     key = keys(shared)
 
     def come_and_go() -> bool:
@@ -64,7 +64,7 @@ def test_enter_and_leave(benchmark: Any, shared: Shared) -> None:
     assert benchmark(come_and_go)
 
 
-def test_a_session_of_a_client_that_is_known(benchmark: Any, limits: Limits) -> None:
+def bench_a_session_of_a_client_that_is_known(benchmark: Any, limits: Limits) -> None:
     ips = cycle([f"192.0.{number >> 8}.{number & 255}" for number in range(CLIENTS - 1)])
 
     def come_and_go() -> bytes | None:
@@ -77,7 +77,7 @@ def test_a_session_of_a_client_that_is_known(benchmark: Any, limits: Limits) -> 
 
 
 @pytest.mark.parametrize("stage", [Stage.MAIL, Stage.RCPT])
-def test_check(benchmark: Any, limits: Limits, stage: Stage) -> None:
+def bench_check(benchmark: Any, limits: Limits, stage: Stage) -> None:
     check = next(check for check in limits.checks() if check.stage is stage)
     ask = Ask(stage, Client("192.0.2.1", 1, "listener"))
     assert benchmark(lambda: check(ask)) is None

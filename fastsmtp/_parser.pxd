@@ -62,6 +62,7 @@ cdef class Parser:
     cdef Py_ssize_t _limit
     cdef Text _text
 
+    cdef bint _let_go(self)
     cdef object _begin_text(self)
     cdef object _lost(self, kind)
     cdef Py_ssize_t _verb_end(self, const unsigned char* octets, Py_ssize_t start, Py_ssize_t end) noexcept

@@ -85,6 +85,9 @@ class Parser:
         header: int = 262144,
         bare: Literal["reject", "normalize", "keep"] = "reject",
     ) -> None: ...
+    def another(self) -> Parser:
+        """A new one with the same barriers and limits, without the 0.3 µs that a call by keywords takes."""
+
     @property
     def unread(self) -> int:
         """Octets fed and not yet interpreted."""

@@ -15,7 +15,7 @@ Raises FrameError when the stream is lost. RFC 5321 2.3.8, 4.1.1.4, 4.5.2, 4.5.3
 cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.unicode cimport PyUnicode_DecodeASCII
-from libc.string cimport memchr, memcpy
+from libc.string cimport memchr, memcmp, memcpy
 
 cdef extern from "Python.h":
     ctypedef struct PyObject
@@ -181,6 +181,19 @@ cdef class Parser:
         self._mode = MODE_COMMAND
         self._text.header_end = -1
 
+    def another(self):
+        cdef Parser parser = Parser.__new__(Parser)
+        parser._buffer = b""
+        parser._barriers = self._barriers
+        parser._command_line = self._command_line
+        parser._auth_line = self._auth_line
+        parser._text_line = self._text_line
+        parser._header = self._header
+        parser._bare = self._bare
+        parser._mode = MODE_COMMAND
+        parser._text.header_end = -1
+        return parser
+
     @property
     def unread(self):
         return PyBytes_GET_SIZE(self._buffer) - self._position
@@ -239,13 +252,12 @@ cdef class Parser:
             return None
         if self._mode == MODE_BDAT and self._chunk == 0:
             return self._body_end(self._last, b"")
-        if self._position == PyBytes_GET_SIZE(self._buffer):
-            # An idle session keeps no input alive.
-            self._buffer = b""
-            self._position = 0
+        if self._let_go():
             return None
         if self._mode == MODE_COMMAND or self._mode == MODE_LINE:
-            return self._take_line()
+            line = self._take_line()
+            self._let_go()
+            return line
         if self._mode == MODE_DATA:
             return self._take_data()
         if self._mode == MODE_BDAT:
@@ -253,6 +265,14 @@ cdef class Parser:
         self._buffer = b""
         self._position = 0
         return None
+
+    cdef bint _let_go(self):
+        """An idle session keeps no input alive. Whether all is interpreted."""
+        if self._position < PyBytes_GET_SIZE(self._buffer):
+            return False
+        self._buffer = b""
+        self._position = 0
+        return True
 
     cdef object _begin_text(self):
         self._text = Text(size=0, read=0, header_end=-1, line_size=0, header_state=HEADER_LINE_START, name=NULL,
@@ -471,6 +491,8 @@ cdef class Parser:
         cdef const unsigned char* end = source + size
         cdef const unsigned char* stop = source
         cdef const unsigned char* rough = source    # up to here a block was dirty somewhere: small ones are tried
+        # A small message comes in one read with its end, which is no part of a clean block.
+        cdef const unsigned char* tail = end - 3 if size > 3 and memcmp(end - 3, b".\r\n", 3) == 0 else end
         cdef unsigned char* out = target
         cdef int state = self._state
         cdef Py_ssize_t block
@@ -482,7 +504,7 @@ cdef class Parser:
                 if state != STATE_MIDDLE and state != STATE_START:
                     stop = p + 1
                 else:
-                    block = min(end - p, BLOCK if p >= rough else SMALL_BLOCK)
+                    block = min((tail if p < tail else end) - p, BLOCK if p >= rough else SMALL_BLOCK)
                     if (
                         (p[0] == c"." and state == STATE_START)
                         or p[0] == c"\n"

@@ -1,8 +1,9 @@
-"""Rules, aliases and lists of mailboxes, as a configuration names them, made into what checks are made of.
+"""Rules, aliases and lists, as a configuration names them, made into what checks are made of.
 
-In: a configuration, and the lists that are open. Out: the checks for rules, for VRFY and EXPN, the aliases, and for
-each domain what it knows of its mailboxes. Used by a worker for its listeners, and by `check --as`, which has none.
-In which order checks are asked is decided where a listener is put together (generation.py). Raises ListError.
+In: a configuration, and the lists that are open. Out: the checks for rules, for VRFY and EXPN, the aliases, who is free
+of limits, and for each domain what it knows of its mailboxes. Used by a worker for its listeners, and by `check --as`,
+which has none. In which order checks are asked is decided where a listener is put together (generation.py). Raises
+ListError.
 """
 
 from __future__ import annotations
@@ -14,9 +15,28 @@ from .config import Config, Domain, InFile, Listener
 from .domains import Domains
 from .lists import Kind, Lists, Mailboxes, Networks, Values
 from .policy import Check
+from .policy.relay import Trust
 from .policy.rules import Rule, make_rules
 from .policy.verify import Verify
 from .verdict import Stage
+
+
+class Exempt:
+    """Whether the limits of `[inbound]` do not hold for an address, without brackets and unmapped."""
+
+    def __init__(self, config: Config, lists: Lists) -> None:
+        inbound = config.inbound
+        listed = inbound.exceptions
+        named = () if isinstance(listed, InFile) else listed
+        self._named = Trust(named if inbound.limit_trusted else (*named, *config.relay.networks))
+        self._listed = lists.open("networks", listed.path) if isinstance(listed, InFile) else None
+
+    def __call__(self, ip: str) -> bool:
+        return self._named(ip) or (self._listed is not None and ip in self._listed)
+
+    def version(self) -> object:
+        """Another than before when the answers may be others."""
+        return self._listed and self._listed.networks
 
 
 def make_rule_checks(config: Config, lists: Lists) -> list[Check]:

@@ -21,6 +21,7 @@ from .verdict import Member
 
 SEPARATOR = "\x1f"  # between the owner and the targets of an entry; no address holds it
 DEPTH = 20  # aliases in aliases
+STEPS = 10  # for each address that an alias may stand for; lists of lists name many of them often
 OWNER = "owner-"
 
 
@@ -59,22 +60,32 @@ class Aliases:
         if entry is None:
             return None
         members: dict[str, Member] = {}
-        for member in self._walk(address, entry, None, (_key(address, row),), set()):
+        steps = iter(range(STEPS * self._most))
+        for member in self._walk(address, entry, None, (_key(address, row),), set(), steps):
             members.setdefault(member.address.mailbox, member)
             if len(members) > self._most:
                 raise ExpansionError(f"more than {self._most} addresses")
         return tuple(members.values())
 
     def _walk(
-        self, alias: Address, entry: Entry, sender: Address | None, above: tuple[str, ...], been: set[str]
+        self,
+        alias: Address,
+        entry: Entry,
+        sender: Address | None,
+        above: tuple[str, ...],
+        been: set[str],
+        steps: Iterator[int],
     ) -> Iterator[Member]:
         """`sender` is the owner of the list around it, `above` the aliases that led here, `been` all that were walked:
-        a second time they give nothing new, and each that names the next one twice would double the work."""
+        a second time they give nothing new, and each that names the next one twice would double the work. `steps`:
+        how many names may be looked at, for nobody else is served meanwhile."""
         if len(above) > DEPTH:
             raise ExpansionError("too deep")
         if entry.owner:
             sender = _address(entry.owner, alias)
         for text in entry.targets:
+            if next(steps, None) is None:
+                raise ExpansionError("too many steps")
             target = self._domains.stand_in(_address(text, alias))
             row = self._domains.find(target.domain)
             key = _key(target, row)
@@ -83,7 +94,7 @@ class Aliases:
                 yield self._member(target, row, sender)
             elif key not in been:
                 been.add(key)
-                yield from self._walk(target, inner, sender, (*above, key), been)
+                yield from self._walk(target, inner, sender, (*above, key), been, steps)
 
     def _member(self, target: Address, row: Domain | None, sender: Address | None) -> Member:
         if row is None:

@@ -27,7 +27,7 @@ from .claim import StartError, read_passwords
 from .colleagues import Colleagues
 from .config import Config, Listener, Maildir, Unix
 from .generation import Generation, Tools
-from .list_watch import folder_of, prepare
+from .list_watch import Preparation, folder_of
 from .lists import ListError, Lists
 from .memory_spool import MemorySpool
 from .metrics import Counter
@@ -116,7 +116,7 @@ def play(config: Config, wishes: Wishes) -> list[Decision]:
         try:
             passwords = read_passwords(config)
             _link_compiled(folder_of(config), lists)
-            prepare(config, None, lists)
+            Preparation(config, None, lists).advance(wait=True)
         except (StartError, ListError, OSError) as error:
             raise AsError(str(error)) from None
         settings = Settings(_moved(config, data_dir), passwords)

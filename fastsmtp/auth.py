@@ -27,7 +27,7 @@ from .saslprep import saslprep
 from .verdict import Client, Identity, Password, Proved, Question, ScramKeys, Token, Verdict
 
 NAME_LIMIT = 255  # octets: RFC 4616 2
-PASSWORD_LIMIT = 1024  # octets, as `fastsmtp user` takes: 9 KB could hold everybody up for a third of a second
+PASSWORD_LIMIT = 1024  # octets, also in `fastsmtp user`: 9 KB could hold everybody up for a third of a second
 BINDING = "tls-server-end-point"
 
 

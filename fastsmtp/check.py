@@ -1,8 +1,9 @@
 """What stands between a configuration and a server on this machine: files, folders, users, asked without starting.
 
 In: a configuration without errors. Out: a place in its file and what is wrong, for each thing. Nothing is made, opened
-for writing or bound, no name is resolved, and whoever asks may be another user than the server will be: what is found
-wrong is wrong, the rest is said at the start (claim.py, supervisor.py). Not here: the file itself (config.py).
+for writing or bound, and no name is resolved. Where root asks, what the server reads and writes as another user is
+looked at as that user; whoever else asks is told what holds for himself. The rest is said at the start (claim.py,
+supervisor.py). Not here: the file itself (config.py), lists (list_watch.py).
 """
 
 from __future__ import annotations
@@ -10,17 +11,19 @@ from __future__ import annotations
 import os
 import pwd
 import socket
+import stat
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from . import tls
 from .certificates import CertificateError, files_of, read_demands, read_file, read_pair, read_pairs, try_all
 from .claim import explain_password, read_password
-from .config import Auth, Config, Maildir, Pipe, Postgresql, Smtp, Sql, Transport, Unix
+from .config import Auth, Config, Pipe, Postgresql, Smtp, Sql, Transport, Unix
 from .credentials.file import UsersError, read_users
 from .credentials.oauth import missing_library, parse_keys
 from .delivery.runner import explain_arguments, make_command
-from .list_watch import check_lists
+from .folders import ask_as, explain_folder, find_closed, nearest
 from .sql import missing_driver
 from .toml_lines import Place
 
@@ -28,24 +31,44 @@ from .toml_lines import Place
 def check_machine(config: Config) -> Iterator[tuple[Place, str]]:
     """What stands between this configuration and a server on this machine."""
     yield from _check_tls(config)
-    if wrong := _check_folder(config.data_dir):
+    if wrong := explain_folder(config.data_dir):
         yield ("data_dir",), wrong
     account = _find_user(config.user)
     if config.user and account is None:
         yield ("user",), f"there is no user {config.user} on this machine"
     for i, listener in enumerate(config.listener):
         for endpoint in listener.address:
-            if isinstance(endpoint, Unix) and not endpoint.path.parent.is_dir():
+            if isinstance(endpoint, Unix) and not os.path.isdir(endpoint.path.parent):
                 yield ("listener", i, "address"), f"{endpoint.path.parent} is no folder"
-    yield from check_lists(config)
+    if (oauth := config.auth.oauth) is not None and (wrong := _check_password(oauth.client_secret_file)):
+        yield ("auth", "oauth", "client_secret_file"), wrong
+    for name, database in config.sql.items():
+        if wrong := _check_password(database.password_file):
+            yield ("sql", name, "password_file"), wrong
+    for name, way in config.transport.items():
+        for key, wrong in _check_transport(way, account):
+            yield ("transport", name, key), wrong
+    becomes = account if os.geteuid() == 0 and account is not None and account.pw_uid else None
+    try:
+        yield from ask_as(becomes, partial(_check_as_server, config, becomes.pw_name if becomes else ""))
+    except OSError as error:
+        yield ("user",), str(error.strerror)
+
+
+def _check_as_server(config: Config, became: str) -> Iterator[tuple[Place, str]]:
+    """What the server needs when it is its user already; the folder of its data it makes before it `became` that."""
+    there = nearest(config.data_dir.parent)
+    if became and not os.access(there, os.X_OK):
+        yield ("data_dir",), f"{there} is closed to the user {became}"
     for path, wrong in _check_auth(config.auth):
         yield ("auth", *path), wrong
     for name, database in config.sql.items():
         for key, wrong in _check_database(database):
             yield ("sql", name, key), wrong
     for name, way in config.transport.items():
-        for key, wrong in _check_transport(way, account):
-            yield ("transport", name, key), wrong
+        if isinstance(way, Smtp) and way.ca_file is not None and (wrong := _check_authorities(way.ca_file)):
+            yield ("transport", name, "ca_file"), wrong
+    yield from find_closed(config)
 
 
 def _check_auth(auth: Auth) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -54,16 +77,11 @@ def _check_auth(auth: Auth) -> Iterator[tuple[tuple[str, ...], str]]:
             read_users(auth.users_file)
         except UsersError as error:
             yield ("users_file",), str(error)
-    if auth.dovecot is not None and not auth.dovecot.socket.is_socket():
-        yield ("dovecot", "socket"), f"{auth.dovecot.socket} is no socket"
+    if auth.dovecot is not None and (wrong := _check_socket(auth.dovecot.socket)):
+        yield ("dovecot", "socket"), wrong
     oauth = auth.oauth
     if oauth is None:
         return
-    if (secret := oauth.client_secret_file) is not None:
-        try:
-            read_password(secret)
-        except (OSError, ValueError) as error:
-            yield ("oauth", "client_secret_file"), f"{secret} {explain_password(error)}"
     if oauth.ca_file is not None and (wrong := _check_authorities(oauth.ca_file)):
         yield ("oauth", "ca_file"), wrong
     if not oauth.introspection and (wrong := missing_library()):
@@ -75,6 +93,14 @@ def _check_auth(auth: Auth) -> Iterator[tuple[tuple[str, ...], str]]:
             yield ("oauth", "keys_file"), f"{oauth.keys_file} cannot be read: {error.strerror}"
         except ValueError as error:
             yield ("oauth", "keys_file"), f"{oauth.keys_file}: {error}"
+
+
+def _check_socket(path: Path) -> str:
+    try:
+        there = path.stat()
+    except OSError as error:
+        return f"{path} cannot be reached: {error.strerror}"
+    return "" if stat.S_ISSOCK(there.st_mode) else f"{path} is no socket"
 
 
 def _check_authorities(path: Path) -> str:
@@ -91,11 +117,16 @@ def _check_database(section: Sql) -> Iterator[tuple[str, str]]:
             yield "database", wrong
     elif not os.access(section.database.path, os.R_OK):
         yield "database", f"{section.database.path} cannot be read"
-    if section.password_file is not None:
-        try:
-            read_password(section.password_file)
-        except (OSError, ValueError) as error:
-            yield "password_file", f"{section.password_file} {explain_password(error)}"
+
+
+def _check_password(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        read_password(path)
+    except (OSError, ValueError) as error:
+        return f"{path} {explain_password(error)}"
+    return ""
 
 
 def _find_user(name: str) -> pwd.struct_passwd | None:
@@ -108,19 +139,11 @@ def _find_user(name: str) -> pwd.struct_passwd | None:
 def _check_transport(way: Transport, account: pwd.struct_passwd | None) -> Iterator[tuple[str, str]]:
     """`account` is who the server will be."""
     match way:
-        case Maildir():
-            if wrong := _check_folder(way.root):
-                yield "path", wrong
         case Pipe():
             yield from _check_command(way, account)
         case Smtp():
-            if way.password_file is not None:
-                try:
-                    read_password(way.password_file)
-                except (OSError, ValueError) as error:
-                    yield "password_file", f"{way.password_file} {explain_password(error)}"
-            if way.ca_file is not None and (wrong := _check_authorities(way.ca_file)):
-                yield "ca_file", wrong
+            if wrong := _check_password(way.password_file):
+                yield "password_file", wrong
             for address in way.source:
                 if not _is_ours(str(address)):
                     yield "source", f"{address} is no address of this machine"
@@ -148,16 +171,6 @@ def _is_ours(address: str) -> bool:
         except OSError:
             return False
     return True
-
-
-def _check_folder(folder: Path) -> str:
-    """Why mail cannot be kept there; empty when it can, or when the folder can be made."""
-    there = next(parent for parent in (folder, *folder.parents) if os.path.lexists(parent))
-    if not there.is_dir():
-        return f"{there} is no folder"
-    if not os.access(there, os.W_OK | os.X_OK, effective_ids=True):
-        return f"{there} is not writable" + ("" if there == folder else f", so {folder} cannot be made")
-    return ""
 
 
 def _check_tls(config: Config) -> Iterator[tuple[Place, str]]:

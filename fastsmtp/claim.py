@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import pwd
+import resource
 import socket
 import stat
 from collections.abc import Collection
@@ -21,12 +22,14 @@ from pathlib import Path
 from .certificates import CertificateError, read_demands, read_pairs, try_all
 from .config import Config, Inet, Pipe, Smtp, Unix
 from .delivery.runner import Command, make_command
-from .list_watch import prepare
+from .list_watch import Preparation
 from .lists import ListError
 from .reload import Key, keys_of
 from .seat import BACKLOG, Settings
 
 PASSWORD_LIMIT = 8192  # octets: tokens are long
+# How far RLIMIT_NICE lets a thread come up again that took idle time only: to niceness 10 (credentials/hashes.py).
+RETURN = 20 - 10
 
 
 class StartError(Exception):
@@ -83,6 +86,10 @@ def find_account(user: str) -> pwd.struct_passwd | None:
 
 def drop_privileges(account: pwd.struct_passwd) -> None:
     """For good: also in a child, also through the saved ids. OSError: the machine does not allow it."""
+    try:
+        resource.setrlimit(resource.RLIMIT_NICE, (RETURN, RETURN))
+    except (ValueError, OSError):
+        pass  # root without that right, as in a container
     os.initgroups(account.pw_name, account.pw_gid)
     os.setresgid(account.pw_gid, account.pw_gid, account.pw_gid)
     os.setresuid(account.pw_uid, account.pw_uid, account.pw_uid)
@@ -192,10 +199,15 @@ def make_commands(config: Config, account: pwd.struct_passwd | None) -> dict[str
     return commands
 
 
-def prepare_lists(config: Config, account: pwd.struct_passwd | None) -> None:
-    """Every list of the configuration is there in its present version; workers only open them."""
+def begin_lists(config: Config, account: pwd.struct_passwd | None) -> Preparation:
+    """Workers only open the lists of the configuration: they must be there in their present version."""
+    return Preparation(config, partial(drop_privileges, account) if account is not None else None)
+
+
+def compile_lists(lists: Preparation, *, wait: bool) -> bool:
+    """Whether all of them are there. Raises StartError."""
     try:
-        prepare(config, partial(drop_privileges, account) if account is not None else None)
+        return lists.advance(wait=wait)
     except ListError as error:
         raise StartError(f"list {error}") from None
     except OSError as error:

@@ -12,7 +12,9 @@ import json
 import os
 import stat
 import sys
+from collections.abc import Iterable
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ import click
 from . import sendmail
 from .as_command import AsError, parse_wishes, play, render_json, render_text
 from .check import check_machine
+from .command_line import JSON_OPTION, config_option
 from .config import (
     DEFAULT,
     SECTIONS,
@@ -40,11 +43,12 @@ from .config import (
     problem_at,
     warnings,
 )
-from .queue_command import CONFIG_VARIABLE, queue
+from .list_watch import check_lists
+from .queue_command import queue
 from .reload_command import reload
+from .toml_lines import Place
 from .user_command import user
 
-_FILE = click.Path(path_type=Path)
 _RESTART = (
     "`fastsmtp reload` applies changes; user, workers, data_dir, [spool], [log], limits.memory and the mode of unix "
     "sockets need a restart"
@@ -92,13 +96,7 @@ def main() -> None:
 
 
 @main.command()
-@click.option(
-    "--config",
-    "file",
-    type=_FILE,
-    envvar=CONFIG_VARIABLE,
-    help=f"The configuration (also: {CONFIG_VARIABLE}); without it, an embedded default.",
-)
+@config_option("The configuration", without="an embedded default")
 def serve(file: Path | None) -> None:
     """Serve until told to stop (Ctrl-C or SIGTERM)."""
     try:
@@ -123,11 +121,18 @@ def serve(file: Path | None) -> None:
 
 
 def read_checked(file: Path) -> Config:
-    """A configuration with which a server would start on this machine. Raises ConfigError."""
+    """A configuration with which a server would start on this machine, if its lists can be compiled: nobody can wait
+    here for that. Raises ConfigError."""
     config = load(file)
-    if problems := [problem_at(file, place, message) for place, message in check_machine(config)]:
+    if problems := _place(file, check_machine(config)):
         raise ConfigError(problems)
     return config
+
+
+def _place(file: Path, found: Iterable[tuple[Place, str]]) -> list[Problem]:
+    """In the order of the file."""
+    problems = [problem_at(file, place, message) for place, message in found]
+    return sorted(problems, key=lambda problem: problem.line)
 
 
 def _banner(config: Config, addresses: list[str]) -> list[str]:
@@ -165,10 +170,8 @@ main.add_command(reload)
 
 
 @main.command()
-@click.option(
-    "--config", "file", type=_FILE, envvar=CONFIG_VARIABLE, help=f"The configuration file (also: {CONFIG_VARIABLE})."
-)
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@config_option("The configuration file")
+@JSON_OPTION
 @click.option(
     "--as",
     "envelope",
@@ -187,7 +190,7 @@ def check(file: Path | None, as_json: bool, envelope: str | None, describe: bool
     config, problems = None, []
     try:
         config = load(file)
-        problems = [problem_at(file, place, message) for place, message in check_machine(config)]
+        problems = _place(file, chain(check_machine(config), check_lists(config)))
     except ConfigError as error:
         problems = error.errors
     if envelope is not None and config is not None and not problems:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from enum import Enum
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from ._parser import Line
 from .address import NULL, Address, AddressError, parse_address, parse_domain, parse_path
@@ -59,7 +59,8 @@ class Verb(NamedTuple):
     odmr: bool = False
 
 
-NONE, REQUIRED = Argument.NONE, Argument.REQUIRED
+NONE: Final = Argument.NONE
+REQUIRED: Final = Argument.REQUIRED
 
 TABLE = (
     Verb("EHLO", REQUIRED, greets=True, open=True, useless=True, odmr=True),

@@ -3,34 +3,33 @@
 In: messages that wait for their answer, recipients finished or deferred, jobs given back. Out: STORED or Refused
 for each message, then the jobs of a batch in its order. When nothing runs a batch begins at the end of the same
 round of the loop: there is no timer. Statements run on the loop, COMMIT and checkpoints in the writer thread;
-from handing one over until its answer nothing touches that connection, what comes waits in lists.
+from handing one over until its answer nothing touches that connection, what comes waits (waiting.py).
 A commit that failed leaves its batch undecided. Its senders hear a 4xx only when their messages have been
 deleted and that is on the disk; else they hear nothing. Its marks go into the next batch. Until the store works
 again no message is taken, and nothing may be sent: what cannot be marked would be sent twice.
-A report brings the marks that it tells of: both are there, or neither. Such a batch is decided by looking: where its
-report is found it was durable, and nothing of it is taken back.
+A batch that a report came with is decided by looking: where the report is found it was durable, and nothing of it is
+taken back.
 """
 
 from __future__ import annotations
 
 from asyncio import AbstractEventLoop, Future, Task, sleep, wait
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from .bodies import FileDraft, remove
+from .bodies import remove
 from .job import JOB_OCTETS, Job, Mark
 from .reader import Reader
-from .record import Row
 from .reply import R451_LOCAL_ERROR, R452_NO_ROOM
 from .room import Room
 from .scan import RETRY_SECONDS, Scan
-from .store import PAGE, ROWS, SPARE_PAGES, Batch, Store
+from .store import PAGE, SPARE_PAGES, Store
 from .thread import OneThread
 from .trouble import Trouble
 from .verdict import STORED, Refused, Stored
+from .waiting import Entry, Round, Waiting
 
-BATCH_OCTETS = 2 << 20  # of bodies in one transaction: some milliseconds of copying on the loop
 CLOSE_SECONDS = 5.0  # for a store that does not work
 LONG_LOG_PAGES = (64 << 20) // PAGE  # a write-ahead log of this length is worth a line
 
@@ -44,45 +43,6 @@ UNHEALTHY = "spool-unhealthy"
 def refusal(full: bool) -> Refused:
     """What the sender hears: for lack of space, or for any other error."""
     return Refused(NO_ROOM, R452_NO_ROOM) if full else Refused(FAILED, R451_LOCAL_ERROR)
-
-
-class Entry:
-    """A message that waits for its commit. `marks`: of other messages, to be made with it."""
-
-    __slots__ = ("answer", "draft", "job", "marks", "row")
-
-    def __init__(
-        self,
-        row: Row,
-        job: Job,
-        draft: FileDraft,
-        answer: Callable[[Stored | Refused], None],
-        marks: Sequence[Mark] = (),
-    ) -> None:
-        self.row = row
-        self.job = job
-        self.draft = draft
-        self.answer = answer
-        self.marks = marks
-
-
-class _Round:
-    """One batch, with those who wait for it. `told` are the marks that its reports bring, which stand behind the first
-    `later` and `partly` rows of the batch, and `over` the jobs that end with them."""
-
-    __slots__ = ("batch", "done", "entries", "later", "over", "partly", "released", "reports", "told", "watchers")
-
-    def __init__(self) -> None:
-        self.entries: list[Entry] = []
-        self.reports: list[Entry] = []  # of `entries`, taken out when the batch has failed
-        self.told: list[Mark] = []
-        self.over: list[Job] = []
-        self.later = 0
-        self.partly = 0
-        self.done: list[Job] = []
-        self.released: list[Job] = []
-        self.watchers: list[Future[bool]] = []
-        self.batch = Batch()
 
 
 class GroupCommit:
@@ -126,19 +86,13 @@ class GroupCommit:
         self._refused = Refused(UNHEALTHY, R451_LOCAL_ERROR)  # the answer while it is not healthy
         self._failures = 0  # commits that failed since the last that did not
         self._freed = 0  # octets of bodies deleted since free pages were last given back
-        self._round = _Round()  # of the commit that runs
-        # What waits for the next batch
-        self._entries: list[Entry] = []
-        self._done: list[Job] = []
-        self._released: list[Job] = []
-        self._watchers: list[Future[bool]] = []
-        self._waiting = Batch()  # all but `messages`, `recipients` and `done`
-        self._asides: set[int] = set()
+        self._round = Round()  # of the commit that runs
+        self._waiting = Waiting()  # for the next
 
     def enter(self, entry: Entry) -> None:
         """Takes a message whose body is in the row or durable in its file."""
         if self.healthy and not self._closing:
-            self._entries.append(entry)
+            self._waiting.entries.append(entry)
             self._schedule()
         else:
             entry.draft.discard()
@@ -146,17 +100,8 @@ class GroupCommit:
 
     def finish(self, job: Job, mark: Mark) -> None:
         """Takes what became of a recipient of a held job."""
-        waiting = self._waiting
-        if mark.due is not None:
-            job.tried[mark.number] = mark
-            waiting.later.append(_later_row(mark, mark.due))
-        else:
-            job.pending.remove(mark.number)
-            if job.pending:
-                waiting.partly.append((mark.key, mark.number))
-            else:
-                self._done.append(job)
-                self._forget_octets(job)
+        if self._waiting.finish(job, mark):
+            self._forget_octets(job)
         self._schedule()
 
     def _forget_octets(self, job: Job) -> None:
@@ -167,22 +112,22 @@ class GroupCommit:
 
     def release(self, job: Job) -> None:
         """Lets a job go, behind the marks that came before."""
-        self._released.append(job)
+        self._waiting.released.append(job)
         self._schedule()
 
     def hold(self, rows: list[tuple[int, int]]) -> None:
         """Puts recipients (key, number) on hold."""
-        self._waiting.hold += rows
+        self._waiting.rows.hold += rows
         self._schedule()
 
     def wake(self, rows: list[tuple[int, int]], due: float) -> None:
         """Makes recipients (key, number) due, also those on hold."""
-        self._waiting.wake += [(int(due * 1000), key, number) for key, number in rows]
+        self._waiting.rows.wake += [(int(due * 1000), key, number) for key, number in rows]
         self._schedule()
 
     def erase(self, keys: list[int]) -> None:
         """Deletes messages that were set aside."""
-        self._waiting.erased += keys
+        self._waiting.rows.erased += keys
         self._schedule()
 
     async def flushed(self) -> bool:
@@ -190,16 +135,17 @@ class GroupCommit:
         if self._closing:
             return False
         watcher: Future[bool] = self._loop.create_future()
-        self._watchers.append(watcher)
+        self._waiting.watchers.append(watcher)
         self._schedule()
         return await watcher
 
     def set_aside(self, key: int, why: str, since: float) -> bool:
         """Takes a message out of delivery. False: that is under way."""
-        if key in self._asides:
+        waiting = self._waiting
+        if key in waiting.asides:
             return False
-        self._asides.add(key)
-        self._waiting.aside.append((key, why, since))
+        waiting.asides.add(key)
+        waiting.rows.aside.append((key, why, since))
         self._schedule()
         return True
 
@@ -218,7 +164,7 @@ class GroupCommit:
                 break
         self.healthy = False
         self._busy = True  # for good: a mark that comes later would open the database anew
-        for watcher in (*self._watchers, *self._round.watchers):
+        for watcher in (*self._waiting.watchers, *self._round.watchers):
             if not watcher.done():
                 watcher.set_result(False)
 
@@ -229,17 +175,17 @@ class GroupCommit:
 
     def _next(self) -> None:
         """Begins the next batch; the connection is the loop's."""
-        if self._entries or self._done or self._waiting or self._released or self._watchers:
+        if self._waiting:
             self._begin()
         elif self._freed > SPARE_PAGES * PAGE and not self._closing:
-            self._round = _Round()
+            self._round = Round()
             self._writer.run(self._store.vacuum, self._vacuumed)
         else:
             self._busy = False
             self._tell_quiet()
 
     def _begin(self) -> None:
-        work = self._round = self._take()
+        work = self._round = self._waiting.take(self._scan.held)
         if not work.batch:
             self._settle(work)
             self._next()
@@ -251,68 +197,7 @@ class GroupCommit:
             return
         self._writer.run(self._store.commit, self._committed)
 
-    def _take(self) -> _Round:
-        """The next batch, of bounded size. Its messages are held from here on: a claim may see them in the
-        database before the loop hears of their commit."""
-        work = _Round()
-        batch = work.batch
-        held = self._scan.held
-        rows = octets = 0
-        for entry in self._entries:
-            job = entry.job
-            body = entry.row[-1]
-            recipients = job.message.envelope.recipients
-            rows += 1 + len(recipients)
-            octets += len(body) if body is not None else 0
-            if work.entries and (rows > ROWS or octets > BATCH_OCTETS):
-                break
-            work.entries.append(entry)
-            if entry.marks:
-                work.told.extend(entry.marks)
-                rows += len(entry.marks)
-            batch.messages.append(entry.row)
-            arrived = int(job.message.arrived)
-            for number, recipient in enumerate(recipients):
-                batch.recipients.append((job.key, number, recipient.address.domain, arrived))
-            held[job.key] = job
-        del self._entries[: len(work.entries)]
-        work.done, self._done = self._done[:ROWS], self._done[ROWS:]
-        batch.done = [job.key for job in work.done]
-        waiting = self._waiting
-        if waiting:
-            batch.later, waiting.later = waiting.later[:ROWS], waiting.later[ROWS:]
-            batch.partly, waiting.partly = waiting.partly[:ROWS], waiting.partly[ROWS:]
-            batch.aside, waiting.aside = waiting.aside[:ROWS], waiting.aside[ROWS:]
-            batch.hold, waiting.hold = waiting.hold[:ROWS], waiting.hold[ROWS:]
-            batch.wake, waiting.wake = waiting.wake[:ROWS], waiting.wake[ROWS:]
-            batch.erased, waiting.erased = waiting.erased[:ROWS], waiting.erased[ROWS:]
-        work.later, work.partly = len(batch.later), len(batch.partly)
-        if work.told:
-            self._add_told(work)
-        if not waiting and not self._done:  # a job is let go only behind the last of its marks
-            work.released, self._released = self._released, []
-            work.watchers, self._watchers = self._watchers, []
-        return work
-
-    def _add_told(self, work: _Round) -> None:
-        """The marks of reports. What was set aside meanwhile stays as it is: its sender is told all the same."""
-        batch = work.batch
-        held = self._scan.held
-        work.told = [mark for mark in work.told if mark.key in held and mark.key not in self._asides]
-        finished: dict[int, set[int]] = {}
-        for mark in work.told:
-            if mark.due is not None:
-                batch.later.append(_later_row(mark, mark.due))
-            else:
-                finished.setdefault(mark.key, set()).add(mark.number)
-        for key, numbers in finished.items():
-            if numbers.issuperset(held[key].pending):
-                work.over.append(held[key])
-                batch.done.append(key)
-            else:
-                batch.partly.extend([(key, number) for number in numbers])
-
-    def _apply_told(self, work: _Round) -> None:
+    def _apply_told(self, work: Round) -> None:
         """They are durable. Others of the same job may have been made meanwhile."""
         held = self._scan.held
         for mark in work.told:
@@ -324,7 +209,8 @@ class GroupCommit:
             if not job.pending:
                 self._forget_octets(job)
                 if job not in work.over:
-                    self._done.insert(0, job)  # not behind its last `partly`: a message without recipients would stay
+                    # Not behind its last `partly`: a message without recipients would stay.
+                    self._waiting.done.insert(0, job)
 
     def _committed(self, answer: bool | Exception) -> None:
         if isinstance(answer, Exception):
@@ -349,7 +235,7 @@ class GroupCommit:
             except Exception as error:  # a bug of one connection must not cost the others their answers
                 self._report(error)
 
-    def _settle(self, work: _Round) -> None:
+    def _settle(self, work: Round) -> None:
         """What follows from a batch that is durable."""
         room = self._room
         scan = self._scan
@@ -366,7 +252,7 @@ class GroupCommit:
             if job.message.file:
                 self._files.run(partial(remove, Path(job.message.file)), self._removed)
         for key, *_ in work.batch.aside:
-            self._asides.discard(key)
+            self._waiting.asides.discard(key)
             room.jobs -= scan.let_go(key)
         if work.batch.hold:
             scan.overtake({key for key, _ in work.batch.hold})
@@ -446,15 +332,7 @@ class GroupCommit:
             entry.draft.discard()
         self._answer(work.entries, refused)
         work.entries = []
-        self._done[:0] = work.done
-        self._released[:0] = work.released
-        self._waiting.later[:0] = work.batch.later[: work.later]
-        self._waiting.partly[:0] = work.batch.partly[: work.partly]
-        self._watchers[:0] = work.watchers
-        self._waiting.aside[:0] = work.batch.aside
-        self._waiting.hold[:0] = work.batch.hold
-        self._waiting.wake[:0] = work.batch.wake
-        self._waiting.erased[:0] = work.batch.erased
+        self._waiting.give_back(work)
         if self._failures > 1:  # it can be opened, but no commit works: not at full speed
             self._refuse_waiting(refused)
             await sleep(min(2.0 ** (self._failures - 2), RETRY_SECONDS))
@@ -464,12 +342,12 @@ class GroupCommit:
         self._decide_reports(work, durable)
         self._next()
 
-    def _decide_reports(self, work: _Round, durable: bool) -> None:
+    def _decide_reports(self, work: Round, durable: bool) -> None:
         """The reports of a batch that failed are there with all of it, or with nothing."""
         reports, work.reports = work.reports, []
         if durable:
             self._apply_told(work)
-            kept = _Round()
+            kept = Round()
             kept.entries, kept.over = reports, work.over
             self._answer(reports, STORED)
             self._settle(kept)
@@ -494,14 +372,10 @@ class GroupCommit:
 
     def _refuse_waiting(self, refused: Refused) -> None:
         """Refuses what was in no transaction yet."""
-        entries, self._entries = self._entries, []
+        entries, self._waiting.entries = self._waiting.entries, []
         for entry in entries:
             entry.draft.discard()
         self._answer(entries, refused)
 
     def _report(self, error: Exception) -> None:
         self._loop.call_exception_handler({"message": "a callback of the spool failed", "exception": error})
-
-
-def _later_row(mark: Mark, due: float) -> tuple[int, int, str, bool, int, int]:
-    return int(due * 1000), mark.attempts, mark.reason, mark.reported, mark.key, mark.number

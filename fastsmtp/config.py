@@ -19,10 +19,11 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from .config_access import Alias, InFile, Rule
+from .config_access import Alias, Rule
 from .config_auth import Auth, AuthDovecot, AuthOauth, AuthSql
 from .config_conflicts import find_conflicts, is_local, nearest, serves
 from .config_inbound import AheadLookup, Inbound, Postgresql, Sql, Sqlite, SqlLookup
+from .config_lists import InFile
 from .config_outgoing import Discard, Dns, Lmtp, Maildir, Odmr, Pipe, Queue, Relay, Route, Smtp, Transport
 from .config_sections import SECTIONS, Section, default_of, kind_of, section_at
 from .config_submission import Submission
@@ -31,12 +32,15 @@ from .config_values import Endpoint, Inet, Unix
 from .toml_lines import Lines, Place
 
 __all__ = [
-    "DEFAULT", "SECTIONS", "AheadLookup", "Alias", "Auth", "AuthDovecot", "AuthOauth", "AuthSql", "Config",
-    "ConfigError", "Customer", "Discard", "Dns", "Domain", "Endpoint", "InFile", "Inbound", "Inet", "Limits",
-    "Listener", "Lmtp", "Log", "Maildir", "Odmr", "Pipe", "Postgresql", "Problem", "Queue", "Relay", "Route", "Rule",
-    "Section", "Smtp", "Spool", "Sql", "SqlLookup", "Sqlite", "Submission", "Timeouts", "Tls", "Transport", "Unix",
-    "Withhold", "default", "default_of", "kind_of", "load", "parse", "problem_at", "warnings",
+    "CONFIG_VARIABLE", "DEFAULT", "SECTIONS", "AheadLookup", "Alias", "Auth", "AuthDovecot", "AuthOauth",
+    "AuthSql", "Config", "ConfigError", "Customer", "Discard", "Dns", "Domain", "Endpoint", "InFile", "Inbound",
+    "Inet", "Limits", "Listener", "Lmtp", "Log", "Maildir", "Odmr", "Pipe", "Postgresql", "Problem", "Queue",
+    "Relay", "Route", "Rule", "Section", "Smtp", "Spool", "Sql", "SqlLookup", "Sqlite", "Submission",
+    "Timeouts", "Tls", "Transport", "Unix", "Withhold", "default", "default_of", "kind_of", "load", "parse",
+    "problem_at", "warnings",
 ]  # fmt: skip
+
+CONFIG_VARIABLE = "FASTSMTP_CONFIG"  # names the file where no option does
 
 DEFAULT = """\
 [[listener]]

@@ -1,58 +1,24 @@
 """The tables that say who may come in, and for whom mail is: lists, rules and aliases.
 
 In: what tomllib made of them. Out: frozen values; a list that may be long stands in a file of its own, and is here only
-its path (`InFile`), or is known to somebody else. Names and addresses are patterns as in patterns.py, networks are
-ipaddress's. Not here: limits of clients (config_inbound.py), the files' contents (list_compile.py), domains
-(config_tables.py). Raises pydantic's ValidationError, which config.py explains to people.
+its path, or is known to somebody else. Not here: lists by themselves (config_lists.py), limits of clients
+(config_inbound.py), the files' contents (list_compile.py), domains (config_tables.py). Raises pydantic's
+ValidationError, which config.py explains to people.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import AfterValidator, Discriminator, Field, PlainValidator, Tag, ValidationInfo
 
-from .address import AddressError
 from .config_inbound import AheadLookup, SqlLookup, parse_lookup
-from .config_values import ANY, Count, Kind, Network, Table, Unset, check_local_part, parse_any, parse_path
-from .patterns import parse_name_pattern, parse_pattern
+from .config_lists import AddressList, InFile, NameList, NetworkList, parse_in_file
+from .config_values import ANY, Count, Kind, Table, Unset, check_local_part, parse_any, parse_path
 
 _RULE_NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,39}")
-
-
-@dataclass(frozen=True)
-class InFile:
-    """A list in a file of its own, one entry a line."""
-
-    path: Path
-
-    def __str__(self) -> str:
-        return f"file {self.path}"
-
-
-def parse_in_file(value: object, info: ValidationInfo) -> InFile:
-    if isinstance(value, InFile):
-        return value
-    if isinstance(value, dict) and list(value) == ["file"]:
-        return InFile(parse_path(value["file"], info))
-    raise ValueError('{file = "PATH"}')
-
-
-def check_name(value: str) -> str:
-    try:
-        return parse_name_pattern(value)
-    except AddressError as error:
-        raise ValueError(f'a name such as "x.test" or "*.x.test" ({error})') from None
-
-
-def check_address(value: str) -> str:
-    try:
-        return parse_pattern(value)
-    except AddressError as error:
-        raise ValueError(f'an address, a domain, "*.x.test" or "<>" ({error})') from None
 
 
 def check_rule_name(value: str) -> str:
@@ -73,30 +39,6 @@ def check_detail(value: str) -> str:
     return value
 
 
-def _kind_of(value: object) -> str:
-    return "<list>" if isinstance(value, list | tuple) else "<file>"
-
-
-_File: TypeAlias = Annotated[InFile, PlainValidator(parse_in_file)]
-_Kind = Discriminator(_kind_of)
-
-NetworkList: TypeAlias = Annotated[
-    Annotated[tuple[Network, ...], Field(min_length=1), Tag("<list>")] | Annotated[_File, Tag("<file>")],
-    _Kind,
-    Kind("list of networks, or {file = path}"),
-]
-NameList: TypeAlias = Annotated[
-    Annotated[tuple[Annotated[str, AfterValidator(check_name)], ...], Field(min_length=1), Tag("<list>")]
-    | Annotated[_File, Tag("<file>")],
-    _Kind,
-    Kind("list of names, or {file = path}"),
-]
-AddressList: TypeAlias = Annotated[
-    Annotated[tuple[Annotated[str, AfterValidator(check_address)], ...], Field(min_length=1), Tag("<list>")]
-    | Annotated[_File, Tag("<file>")],
-    _Kind,
-    Kind("list of addresses, or {file = path}"),
-]
 OptionalPath: TypeAlias = Annotated[Path | None, PlainValidator(parse_path), Kind("path"), Unset("none")]
 
 

@@ -132,8 +132,9 @@ class Auth(Table):
     )
     mechanisms: Annotated[tuple[Mechanism, ...], Kind("list of names"), Unset("all")] = Field(
         (),
-        description="The SASL mechanisms that are offered, where they can succeed: `SCRAM-SHA-256-PLUS`, "
-        "`SCRAM-SHA-256`, `PLAIN`, `LOGIN`, `OAUTHBEARER`, `XOAUTH2`, `EXTERNAL`. For clients that stumble over one.",
+        description="The SASL mechanisms that are offered, where they can succeed: `SCRAM-SHA-256-PLUS` "
+        "(bound by tls-server-end-point), `SCRAM-SHA-256`, `PLAIN`, `LOGIN`, `OAUTHBEARER`, `XOAUTH2`, `EXTERNAL`. For "
+        "clients that stumble over one.",
     )
     cache: Duration = Field(
         parse_duration("1m"),

@@ -16,11 +16,11 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, PlainValidator, StrictBool, ValidationInfo
 
+from .config_lists import PerhapsNetworks
 from .config_values import (
     Count,
     Duration,
     Kind,
-    Networks,
     Rate,
     Table,
     Unset,
@@ -28,7 +28,7 @@ from .config_values import (
     parse_path,
     parse_rate,
 )
-from .sql_text import names_in
+from .sql_text import always_finds, names_in
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,8 @@ def parse_lookup(value: Mapping[str, object]) -> SqlLookup | AheadLookup:
     lookup = kind(**given)
     if isinstance(lookup, SqlLookup) and not names_in(lookup.query) & {"local", "address"}:
         raise ValueError("a query that asks for :local and :domain, or for :address")
+    if isinstance(lookup, SqlLookup) and always_finds(lookup.query):
+        raise ValueError("a query that finds no row for who is unknown: COUNT and EXISTS always have one")
     if lookup.unknown_for > lookup.known_for:
         raise ValueError("unknown_for is no longer than known_for")
     if not 0 < lookup.timeout < 30:  # what a check may take
@@ -182,7 +184,7 @@ class Inbound(Table):
         description="Recipients refused for good, failed logins (on `submission` [auth] counts those), and commands "
         "that are none. Over it a client hears 421 when it connects, and 450 at MAIL and RCPT.",
     )
-    exceptions: Networks = Field((), description="Networks without any of these limits.")
+    exceptions: PerhapsNetworks = Field((), description="Networks without any of these limits.")
     limit_trusted: StrictBool = Field(False, description="True: the limits hold for `relay.networks` too.")
 
     @property

@@ -233,7 +233,7 @@ def parse_network(value: object) -> ipaddress.IPv4Network | ipaddress.IPv6Networ
             return ipaddress.ip_network((mapped, network.prefixlen - 96))
     except ValueError:
         pass
-    raise ValueError('a network such as "192.0.2.0/24" or "2001:db8::/32", with no bit set behind its length')
+    raise ValueError('a network such as "192.0.2.0/24" or "2001:db8::/32", without bits beyond its length')
 
 
 def parse_ip(value: object) -> ipaddress.IPv4Address | ipaddress.IPv6Address:

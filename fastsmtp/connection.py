@@ -17,13 +17,13 @@ import struct
 import time
 from collections.abc import Awaitable
 from enum import IntFlag
-from typing import cast
+from typing import Final, cast
 
 from . import log as logs
 from ._parser import Body, BodyEnd, FrameError, Line
 from .job import Draft, Turned
 from .message import Content, Message
-from .metrics import Counter
+from .metrics import Counter, counter_of
 from .reply import (
     R421_BUG,
     R421_SESSION_TOO_OLD,
@@ -43,24 +43,28 @@ from .rewrite import Rewriter
 from .service import Service
 from .session import Answer, Chunk, Session
 from .tls import describe, end_points, identity
+from .tls_transport import TlsTransport
 from .verdict import Ask, Client, Refused, Store, Stored, Verdict
 
-UNREAD_LIMIT = 65536  # octets fed and not interpreted, above which the client is not read
+UNREAD_LIMIT: Final = 65536  # octets fed and not interpreted, above which the client is not read
 # Replies that leave in one write; behind them other clients have their turn. Of the dearest commands (addresses with
 # U-labels) so many take 15 ms.
-GROUP_LIMIT = 50
+GROUP_LIMIT: Final = 50
 NAME_SHOWN = 64  # characters of a user name in the log: some type their password there
 LINGER = 5.0  # seconds that a client has to take our last words while it still sends
 
 # Names of this module: on Python 3.11 looking up an Enum's member costs 0.05 µs each time.
-NO_CONTENT = Content.NONE
-ACCEPTED = Counter.MESSAGES_ACCEPTED
+NO_CONTENT: Final = Content.NONE
+ACCEPTED: Final = Counter.MESSAGES_ACCEPTED
+SESSIONS: Final = Counter.SESSIONS
+OCTETS: Final = Counter.OCTETS_RECEIVED
 
 # The octets behind these verbs belong to our answer: whoever sends them before is guessing it.
 EARLY = frozenset((b"EHLO", b"HELO", b"LHLO", b"DATA", b"AUTH"))
 
-# A refusal for good behind these is about a message, not a sign of guessing or junk.
-NO_FAILURES = frozenset((b"MAIL", b"DATA", b"BDAT", b"."))
+# A refusal for good behind these is about a client or a message, not a sign of guessing or junk.
+NO_FAILURES = frozenset((b"CONNECT", b"MAIL", b"DATA", b"BDAT", b"."))
+HELLO = frozenset((b"EHLO", b"HELO", b"LHLO"))
 
 
 class Pause(IntFlag):
@@ -70,7 +74,9 @@ class Pause(IntFlag):
     UNREAD = 1  # enough has been read that is not interpreted yet
     DRAFT = 2  # the message's octets are not on disk yet
     OUTPUT = 4  # the client does not take our replies
-    HANDSHAKE = 8  # TLS is about to begin
+
+
+NO_PAUSE: Final = Pause.NONE
 
 
 class Connection(asyncio.Protocol):
@@ -83,7 +89,7 @@ class Connection(asyncio.Protocol):
     )  # fmt: skip
 
     def __init__(self, service: Service, admitted: bool = False) -> None:
-        """`admitted`: it was asked already whether the client may come in, and it is counted (gate.py)."""
+        """`admitted`: the client came through the gate (gate.py): it has TLS, may come in, and is counted."""
         self.service = service
         self.admitted = admitted
         self.transport: asyncio.Transport | None = None
@@ -91,7 +97,7 @@ class Connection(asyncio.Protocol):
         self.message: Message | None = None  # which the spool has been given
         self.rewriter: Rewriter | None = None  # through which the draft's octets go
         self.out: list[bytes] = []
-        self.paused = Pause.NONE
+        self.paused = NO_PAUSE
         self.busy = True  # something is waited for: no command is interpreted; at first the greeting
         self.pumping = False
         self.yielded = False  # there is more to interpret: other clients have their turn before
@@ -126,13 +132,13 @@ class Connection(asyncio.Protocol):
             self.client.trusted = service.trusts(self.client.ip)
         if service.fetches is not None:
             self.client.fetches = service.fetches(self.client.ip)
-        if (secured := transport.get_extra_info("ssl_object")) is not None:
-            self._secured(secured)
+        if self.admitted:
+            self._secured(transport.get_extra_info("ssl_object"))
         self.opened = time.monotonic()
         self.round = service.rounds[service.turn - 1]
         self.round.add(self)
         self._begin(None)
-        service.count(Counter.SESSIONS)
+        service.count(SESSIONS)
         if not self.admitted and service.shared.open_session(service.worker) > service.session_limit:
             service.count(Counter.SESSIONS_REFUSED)
             self._bye(R421_TOO_MANY_SESSIONS, "too many sessions")
@@ -173,7 +179,7 @@ class Connection(asyncio.Protocol):
             self._bye(R554_EARLY_TALKER, "early talker")
             return
         self.busy = False
-        self._act(self.session.greet(), b"")
+        self._act(self.session.greet(), b"CONNECT")
         self._pump()
 
     def data_received(self, data: bytes) -> None:
@@ -205,7 +211,7 @@ class Connection(asyncio.Protocol):
         if service.limits is not None:
             service.limits.leave(self.client.ip)
         service.shared.close_session(service.worker)
-        service.count(Counter.OCTETS_RECEIVED, self.octets)
+        service.count(OCTETS, self.octets)
         client = self.client
         service.log.write(
             logs.SESSION, client.ip, client.port, client.listener, client.helo, client.tls, client.user or None,
@@ -252,12 +258,15 @@ class Connection(asyncio.Protocol):
                     break
                 self.since = 0.0
                 if type(event) is Line:
-                    answer = self._receive_early(event) if parser.unread else self.session.receive(event)
+                    more = parser.unread > 0
+                    answer = self._receive_early(event) if more else self.session.receive(event)
                     if type(answer) is Reply and answer.plain and self.draft is None and not self.service.draining:
                         # What _act does for nearly every command.
                         self.out.append(answer.wire)
                         if parser.stopped:
                             parser.command()
+                        if not more:
+                            break
                     else:
                         self._act(answer, event.verb)
                 elif type(event) is Body:
@@ -413,9 +422,7 @@ class Connection(asyncio.Protocol):
             elif answer.then is Then.TLS:
                 self.busy = True
                 self._flush()
-                # What arrives before the handshake has begun is its own.
-                self._pause(Pause.HANDSHAKE)
-                self.service.run(self._handshake())
+                self._start_tls()
             else:
                 self._close(answer, "quit" if stage == b"QUIT" else answer.text or "dropped")
         elif type(answer) is Chunk:
@@ -429,8 +436,8 @@ class Connection(asyncio.Protocol):
         assert transaction is not None
         self.draft = self.service.keeper.draft(transaction.envelope.id, self._drained)
         self.head_open = True
-        rules = self.session.terms.rules
-        if rules is not None and rules.rewrite and self.client.user:
+        handling = self.session.terms.handling
+        if handling is not None and handling.rewrite and self.client.user:
             self.rewriter = Rewriter()
 
     def _abandon(self) -> None:
@@ -490,20 +497,24 @@ class Connection(asyncio.Protocol):
                     attempt.name[:NAME_SHOWN], attempt.reason, f"{reply.code} {reply.enhanced} {reply.text}",
                 )  # fmt: skip
                 return
+        why = reason(reply)
+        if (counter := counter_of(why)) is not None:
+            service.count(counter)
         if stage == b"RCPT":
             service.count(Counter.RECIPIENTS_REFUSED)
         elif stage in (b".", b"DATA", b"BDAT"):
             service.count(Counter.MESSAGES_REFUSED)
-        elif stage != b"MAIL":
+        elif stage not in (b"MAIL", b"CONNECT") and (stage not in HELLO or 500 <= reply.code <= 504):
             service.count(Counter.COMMANDS_REJECTED)
             return
         session = self.session
         transaction = session.transaction
         reverse_path = transaction.envelope.reverse_path if transaction else session.subject
-        recipient = str(session.subject) if stage == b"RCPT" else ""
+        sender = None if reverse_path is None else str(reverse_path) or "<>"
+        recipient = str(session.subject or "") if stage == b"RCPT" else ""
         service.log.write(
-            logs.REFUSED, self.client.ip, "end-of-data" if stage == b"." else stage.decode(), reason(reply),
-            f"{reply.code} {reply.enhanced} {reply.text}", str(reverse_path) or "<>", recipient,
+            logs.REFUSED, self.client.ip, "end-of-data" if stage == b"." else stage.decode(), why,
+            f"{reply.code} {reply.enhanced} {reply.text}", sender, recipient,
         )  # fmt: skip
 
     def _flush(self) -> None:
@@ -536,16 +547,17 @@ class Connection(asyncio.Protocol):
         self.round = self.service.leaving
         self.round.add(self)
         self.parser.discard()
-        self._flush()
         transport = self.transport
         if transport is None:
             return
         if reply.code >= 400 and reply is not SILENT_CLOSE and transport.can_write_eof():
+            self._flush()
             if self.paused:
                 transport.resume_reading()
             transport.write_eof()
         else:
-            transport.close()
+            self.service.post_last(transport, b"".join(self.out), not self.client.tls)
+            self.out.clear()
 
     def drain(self) -> None:
         """Ends the session now if no message is under way; else its last reply will."""
@@ -610,38 +622,27 @@ class Connection(asyncio.Protocol):
 
     # STARTTLS
 
-    async def _handshake(self) -> None:
-        """Puts TLS under the session. Until the new transport is set, octets are only stored: answered any earlier,
-        they would be answered in clear."""
+    def _start_tls(self) -> None:
+        """Puts TLS under the session. What arrives is the handshake's until that is over."""
         service = self.service
         transport = self.transport
         if transport is None or service.context is None:
             return
-        between = _Between()
-        try:
-            secured = await service.loop.start_tls(
-                transport, between, service.context, server_side=True, ssl_handshake_timeout=service.times.tls
-            )
-        except (OSError, ssl.SSLError, TimeoutError) as error:
-            service.count(Counter.TLS_FAILURES)
-            service.log.write(logs.TLS_FAILED, self.client.ip, self.client.port, service.name, str(error))
-            secured = None
-        if secured is None or between.lost:
-            transport.abort()
-            if self.transport is not None:
-                self.end = "TLS failed"
-                self.connection_lost(None)
+        tls = TlsTransport(self, service.context, service.loop, service.times.tls, self._on_handshake)
+        transport.set_protocol(tls)
+        tls.connection_made(transport)
+
+    def _on_handshake(self, tls: TlsTransport, error: Exception | None) -> None:
+        if error is not None:
+            self.end = "TLS failed"
+            self.service.count(Counter.TLS_FAILURES)
+            self.service.log.write(logs.TLS_FAILED, self.client.ip, self.client.port, self.service.name, str(error))
             return
-        self.transport = secured
-        secured.set_protocol(self)
-        self._secured(secured.get_extra_info("ssl_object"))
+        self.transport = cast("asyncio.Transport", tls)
+        self._secured(tls.get_extra_info("ssl_object"))
         self.client.helo = self.client.user = ""
-        self.paused = Pause.NONE
-        self.stalled = 0.0
         self.busy = False
         self._begin(self.session)
-        if between.octets:
-            self.data_received(bytes(between.octets))
 
 
 def peer_uid(client: socket.socket | None) -> int:
@@ -650,17 +651,3 @@ def peer_uid(client: socket.socket | None) -> int:
         return -1
     _, uid, _ = struct.unpack("3i", client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
     return int(uid)
-
-
-class _Between(asyncio.Protocol):
-    """Stores what arrives between the end of a handshake and the moment the connection is told of it."""
-
-    def __init__(self) -> None:
-        self.octets = bytearray()
-        self.lost = False
-
-    def data_received(self, data: bytes) -> None:
-        self.octets += data
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.lost = True

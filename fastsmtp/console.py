@@ -233,6 +233,9 @@ class _Stopped:
         except (SpoolError, OSError) as error:
             self.close()
             raise ConsoleError(str(error)) from None
+        if not self._spools and config.spool.durability != "none":  # its start has failed
+            self.close()
+            raise ConsoleError(f"data_dir {config.data_dir}: no server has run with it")
         places: list[Place] = [(spool.administration, lambda _: None) for spool in self._spools]
         self._desk = Desk(places, 1, time.time, self._log)
 

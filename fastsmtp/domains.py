@@ -106,7 +106,15 @@ class Domain:
     def has(self, key: str, domain: str) -> bool:
         if self.recipients is not None:
             return key in self.recipients
-        return self.listed is None or self.listed.has(key, domain)
+        return self.listed is None or self.listed.has(f"{key}@{domain}")
+
+    def has_whole(self, address: Address) -> bool:
+        """Whether an address is a mailbox with all of its local-part."""
+        if self.recipients is not None:
+            return self.key(address) in self.recipients
+        if self.listed is None:
+            return True
+        return self.listed.has(f"{address.local}@{address.domain}" if self.case_sensitive else address.mailbox)
 
 
 class Domains:
@@ -136,8 +144,7 @@ class Domains:
 
     def stand_in(self, address: Address) -> Address:
         """The postmaster in place of `postmaster` (RFC 5321 4.5.1); any other address itself."""
-        local = address.local
-        if len(local) == 10 and local.lower() == "postmaster":
+        if _is_postmaster(address):
             if self._postmaster is not None:
                 return self._postmaster
             return address if address.domain else Address("postmaster", self._home)
@@ -146,31 +153,35 @@ class Domains:
     def resolve(self, address: Address, row: Domain | None) -> Address | None:
         """The mailbox that a recipient stands for, itself as a rule; None when it is unknown. `row` is what serves its
         domain. A mailbox of a case-sensitive domain, and one that has a detail, carries its own key."""
-        local = address.local
-        if len(local) == 10 and local.lower() == "postmaster":
+        if _is_postmaster(address):
             return self.stand_in(address)
         if row is None:
             return None
-        if not row.detail and row.listed is None:
-            if row.recipients is not None and row.key(address) not in row.recipients:
-                return row.catch_all
-            return _keyed(address, row)
+        if not row.detail:
+            return _keyed(address, row) if row.has_whole(address) else row.catch_all
         key = row.find(address)
         if not key:
             return row.catch_all
         mailbox = f"{key}@{address.domain}"
-        return address if mailbox == address.mailbox else Address(local, address.domain, mailbox)
+        return address if mailbox == address.mailbox else Address(address.local, address.domain, mailbox)
 
     def route(self, address: Address) -> tuple[str, Address]:
         """The transport for an accepted address ("" when none is left), and the mailbox that it stands for. A list
         that has changed since loses no mail."""
         row = self.find(address.domain)
+        if row is not None and not row.detail and not _is_postmaster(address):
+            return (row.transport, _keyed(address, row))  # whether it is still known there or not
         mailbox = self.resolve(address, row)
         if mailbox is None or (row is not None and mailbox is row.catch_all):
             mailbox = _keyed(address, row)
         if mailbox.domain != address.domain:
             row = self.find(mailbox.domain)
         return (row.transport if row is not None else "", mailbox)
+
+
+def _is_postmaster(address: Address) -> bool:
+    local = address.local
+    return len(local) == 10 and local.lower() == "postmaster"
 
 
 def _keyed(address: Address, row: Domain | None) -> Address:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 
 from . import local_socket
-from .access import make_aliases, make_rule_checks, make_verify_checks
+from .access import Exempt, make_aliases, make_rule_checks, make_verify_checks
 from .address import NULL, Address, parse_address
 from .aliases import Aliases, ExpansionError
 from .colleagues import Colleagues
@@ -44,7 +44,7 @@ from .seat import Seat, Settings
 from .service import Service, Times
 from .spool import Spool
 from .sql import Database
-from .submission import Rules
+from .submission import Handling
 from .terms import Terms
 from .tls import Entrance
 from .verdict import Member, Stage
@@ -96,7 +96,7 @@ class Generation:
         }
         ways = before.ways if before is not None else None
         self.ways: Ways = Ways(
-            settings, tools.seat.index, tools.log, tools.identity, asks, ways, tools.lists, self.databases
+            settings, tools.seat.index, tools.log, tools.identity, asks, ways, tools.lists, self.databases, tools.count
         )
         self.authority: Authority | None = None
         self._limits: Limits | None = None
@@ -225,7 +225,7 @@ class Generation:
             tls=listener.tls == "starttls" and context is not None,
             mechanisms=self._mechanisms(authority),
             auth_clear=listener.auth_clear,
-            rules=self._submission_rules(listener) if authority is not None else None,
+            handling=self._handling(listener) if authority is not None else None,
             brackets=listener.brackets,
             bare_data=listener.bare != "reject",
             bare_bdat=listener.bare_bdat == "keep",
@@ -277,11 +277,11 @@ class Generation:
         held = [Quota(stage, rates, shared, time.monotonic) for stage, rates in quotas.items() if rates]
         return [Senders(authority.rights), *held]
 
-    def _submission_rules(self, listener: Listener) -> Rules:
+    def _handling(self, listener: Listener) -> Handling:
         section = self.config.submission
         submits = listener.role == "submission"
         rewrite = section.rewrite and submits
-        return Rules(section.header_from, submits, section.remove_bcc, section.hide_client, rewrite)
+        return Handling(section.header_from, submits, section.remove_bcc, section.hide_client, rewrite)
 
     def _mechanisms(self, authority: Authority | None) -> frozenset[str]:
         """What of SASL can succeed, as far as it is wanted."""
@@ -296,9 +296,12 @@ class Generation:
         inbound = config.inbound
         if not inbound.counts:
             return None
-        free = inbound.exceptions if inbound.limit_trusted else (*inbound.exceptions, *config.relay.networks)
+        exempt = Exempt(config, tools.lists)
         shared, worker = tools.seat.shared, tools.seat.index
-        return Limits(inbound, Trust(free), hostname=config.hostname, log=tools.log, shared=shared, worker=worker)
+        return Limits(
+            inbound, exempt, hostname=config.hostname, log=tools.log, shared=shared, worker=worker,
+            version=exempt.version,
+        )  # fmt: skip
 
     def _make_fetch(self) -> Fetch:
         return Fetch(

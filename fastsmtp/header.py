@@ -2,7 +2,8 @@
 
 In: octets with CRLF line ends. Out: a `Header`, whose fields say where they stand, so that one can be cut out; and, for
 a field's value, its mailboxes by RFC 5322 3.4, with groups, comments, quoted strings, folding and the obsolete forms.
-An encoded-word is text of a display name; in an address it is an error, as some readers would decode it there.
+An encoded-word is text of a display name; in an address it is an error, as some readers would decode it there, and one
+with a line end or NUL in it everywhere: what a reader shows may end there, or go on with another address.
 Nothing is guessed: what the grammar does not have is a HeaderError, whose text holds nothing of the input.
 Not here: what has to stand in a header, and who may. RFC 5322 2.2, 3.4, 4.4; RFC 6532 3.2; RFC 6854; RFC 2047 5.
 """
@@ -10,6 +11,8 @@ Not here: what has to stand in a header, and who may. RFC 5322 2.2, 3.4, 4.4; RF
 from __future__ import annotations
 
 import re
+from binascii import Error as Base64Error
+from binascii import a2b_base64
 from typing import NamedTuple
 
 from .address import Address, AddressError, parse_address
@@ -72,6 +75,10 @@ _TOKEN = re.compile(
 )
 _COMMENT = re.compile(r"(?:[^()\\]++|\\.)*([()])", re.DOTALL)
 _ENCODED = re.compile(r"=\?[^?]*\?[^?]*\?")
+_WORD = re.compile(r"=\?([^?\s]*)\?([BbQq])\?([^?\s]*)\?=")
+_OCTET = re.compile(r"=([0-9A-Fa-f]{2})")
+# In which NUL and line ends are not their octets; a codec is never chosen by what came.
+CHARSETS = {name: name for name in ("utf-7", "utf-16", "utf-16le", "utf-16be", "utf-32", "utf-32le", "utf-32be")}
 WORDS = ("atom", "quoted")
 END = ("end", "")
 
@@ -81,7 +88,24 @@ def parse_mailboxes(value: bytes, home: str = "") -> list[Address]:
     must have one. Raises HeaderError."""
     if len(value) > VALUE_LIMIT:
         raise HeaderError("the field is too long")
-    return _List(_tokens(value.decode("utf-8", "surrogateescape")), home).read()
+    text = value.decode("utf-8", "surrogateescape")
+    if "=?" in text and any(map(_breaks, _WORD.finditer(text))):
+        raise HeaderError("an encoded-word that holds a line end or NUL")
+    return _List(_tokens(text), home).read()
+
+
+def _breaks(word: re.Match[str]) -> bool:
+    """Whether what it encodes ends a line, or a text as C has them."""
+    charset, encoding, text = word.groups()
+    if encoding in "Qq":
+        octets = _OCTET.sub(lambda octet: chr(int(octet[1], 16)), text).encode("latin-1", "replace")
+    else:
+        try:
+            octets = a2b_base64(f"{text}===".encode("ascii", "replace"))
+        except Base64Error:
+            return False  # nobody can read it
+    shown = octets.decode(CHARSETS.get(charset.partition("*")[0].lower(), "latin-1"), "replace")
+    return not {"\0", "\r", "\n"}.isdisjoint(shown)
 
 
 def _tokens(text: str) -> list[tuple[str, str]]:

@@ -22,10 +22,19 @@ from typing import NamedTuple
 from . import log as events
 from . import reload
 from .certificates import CertificateError, Watch, files_of, read_pairs, try_all
-from .claim import Listening, StartError, bind, drop_privileges, make_commands, prepare_lists, read_settings
+from .claim import (
+    Listening,
+    StartError,
+    begin_lists,
+    bind,
+    compile_lists,
+    drop_privileges,
+    make_commands,
+    read_settings,
+)
 from .config import Config, ConfigError
 from .delivery.runner import Runner
-from .list_watch import Watcher
+from .list_watch import Preparation, Watcher
 from .log import Log
 from .reload import Order, Result
 from .seat import Bound, Settings
@@ -37,6 +46,14 @@ Source = Callable[[], Config]
 # needs a fresh one, for tickets of the old one would still let in who is not believed any more; and it must be the same
 # in all workers, so it is made before they are.
 SPARE_CONTEXTS = 16
+
+
+class _Read(NamedTuple):
+    """A reload whose lists are compiled."""
+
+    by: str
+    config: Config
+    lists: Preparation
 
 
 class _Pending(NamedTuple):
@@ -79,12 +96,14 @@ class Holdings:
         self._log = log
         self._retired: list[Runner] = []
         self._lines: dict[int, socket.socket] = {}  # to the workers that run
+        self._read: _Read | None = None
         self._pending: _Pending | None = None
+        self._orders = 0  # that were made
         self._again = ""  # who asked while one was under way
         # Worker and number of those who are to hear what becomes of it, and of the next: that reads what they wrote.
         self._asked: list[tuple[int, str]] = []
         self._asked_again: list[tuple[int, str]] = []
-        self._lists = Watcher(log, partial(drop_privileges, account) if account is not None else None)
+        self.lists = Watcher(log, partial(drop_privileges, account) if account is not None else None)
 
     # A worker's share
 
@@ -128,13 +147,16 @@ class Holdings:
             one.close()
 
     def close(self) -> None:
+        if self._read is not None:
+            self._read.lists.close()
+            self._read = None
         if self._pending is not None:
             self._drop(self._pending)
             self._pending = None
         for worker in list(self._lines):
             self.close_line(worker)
         self.stop_listening()
-        self._lists.close()
+        self.lists.close()
         for runner in (*self._retired, self.runner):
             if runner is not None:
                 runner.close()
@@ -144,14 +166,17 @@ class Holdings:
     @property
     def is_busy(self) -> bool:
         """Whether a reload is under way, and wants to be looked after often."""
-        return self._pending is not None
+        return self._read is not None or self._pending is not None
 
     def look_after(self, now: float) -> None:
         """Hears the workers, and goes on with what is under way. `now` is monotonic."""
         for worker, line in list(self._lines.items()):
             for word, text in reload.said(line):
                 self._hear(worker, word, text)
-        self._lists.look_after(self.settings.config, now)
+        if self._read is None:
+            self.lists.look_after(self.settings.config, now)
+        else:
+            self._go_on(self._read)
         pending = self._pending
         if pending is not None:
             if not pending.waiting:
@@ -159,7 +184,7 @@ class Holdings:
             elif now > pending.deadline:
                 late = ", ".join(map(str, sorted(pending.waiting)))
                 self._refuse(pending.by, f"worker {late} does not answer")
-        elif self._again:
+        elif self._again and not self.is_busy:
             by, self._again = self._again, ""
             self._asked, self._asked_again = self._asked_again, []
             self.begin(by)
@@ -171,19 +196,22 @@ class Holdings:
         pending = self._pending
         if word == reload.ASKED:
             number, _, uid = text.partition(" ")
-            (self._asked if pending is None else self._asked_again).append((worker, number))
+            (self._asked_again if self.is_busy else self._asked).append((worker, number))
             self.begin(f"uid {uid[:20]}")
         elif pending is not None and worker in pending.waiting:
+            number, _, why = text.partition(" ")
+            if number != str(pending.order.number):
+                return  # it was asked by an earlier one, which was refused
             if word == reload.READY:
                 pending.waiting.discard(worker)
             elif word == reload.UNABLE:
-                self._refuse(pending.by, f"worker {worker}: {text}")
+                self._refuse(pending.by, f"worker {worker}: {why}")
 
     # Reload
 
     def begin(self, by: str) -> None:
         """Reads the configuration anew, and has the workers prepare for it. `by` is who wants it."""
-        if self._pending is not None:
+        if self.is_busy:
             self._again = by
             return
         if self.source is None:
@@ -191,12 +219,23 @@ class Holdings:
             return
         tell_service_manager(f"RELOADING=1\nMONOTONIC_USEC={time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000}")
         try:
-            read = self.source()
-            self._pending = self._prepare(by, read)
+            config = self.source()
         except ConfigError as error:
             self._refuse(by, *map(str, error.errors))
+            return
+        lists = begin_lists(reload.settle(self.settings.config, config)[0], self.account)
+        self._read = _Read(by, config, lists)
+        self._go_on(self._read)
+
+    def _go_on(self, read: _Read) -> None:
+        """When every list is there, has the workers prepare."""
+        try:
+            if compile_lists(read.lists, wait=False):
+                self._read = None
+                self._pending = self._prepare(read.by, read.config)
         except (StartError, OSError) as error:
-            self._refuse(by, str(error))
+            self._read = None
+            self._refuse(read.by, str(error))
 
     def _prepare(self, by: str, read: Config) -> _Pending:
         """Claims what the machine can refuse, and tells the workers. Raises StartError and OSError."""
@@ -204,7 +243,6 @@ class Holdings:
         config, restart = reload.settle(before, read)
         watch = Watch(path for files in files_of(config) for path in files)
         settings = read_settings(config)
-        prepare_lists(config, self.account)
         settings = replace(settings, tickets=self._assign_tickets(settings, self.settings))
         keys = reload.keys_of(config)
         number = 1 + max((one.number for one in self.listening), default=-1)
@@ -225,7 +263,8 @@ class Holdings:
                 one.close()
             raise
         bound = tuple((one.number, keys[one.key]) for one in (*kept, *fresh))
-        order = Order(settings, bound, tuple(one.number for one in fresh), runner is not None)
+        self._orders += 1
+        order = Order(self._orders, settings, bound, tuple(one.number for one in fresh), runner is not None)
         result = Result(self._file, (), reload.changes(before, config), restart)
         pending = _Pending(
             by, order, result, fresh, runner, watch, set(self._lines), time.monotonic() + reload.PATIENCE

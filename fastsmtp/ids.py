@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from typing import Final
 
 _DIGITS = "0123456789abcdefghijklmnopqrstuv"
-_PAIRS = [a + b for a in _DIGITS for b in _DIGITS]
+_PAIRS: Final = [a + b for a in _DIGITS for b in _DIGITS]
 _EPOCH_MS = 1_577_836_800_000  # 2020-01-01: 41 bits of milliseconds last until 2089
 _LATEST_MS = (1 << 41) - 1
 

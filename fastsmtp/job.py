@@ -8,7 +8,7 @@ one object, a Spool or a MemorySpool. Only values and interfaces here; nothing d
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from .message import Message
 from .verdict import Refused, Stored
@@ -16,7 +16,8 @@ from .verdict import Refused, Stored
 if TYPE_CHECKING:
     import asyncio
 
-JOB_OCTETS = 2048  # what a job takes in memory beside its body: message, envelope, one recipient (measured 1.8 KB)
+# What a job takes in memory beside its body: message, envelope, one recipient (measured 1.8 KB).
+JOB_OCTETS: Final = 2048
 HELD = float("inf")  # due time of a recipient that is on hold: not before an operator releases it
 
 

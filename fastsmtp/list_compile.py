@@ -13,13 +13,17 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
+import time
 from array import array
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterator
-from ipaddress import ip_network
+from io import BufferedReader
+from ipaddress import ip_interface, ip_network
 from itertools import accumulate
 from pathlib import Path
 from socket import AF_INET, AF_INET6, inet_pton
-from typing import BinaryIO, NoReturn
+from typing import NoReturn
 from zlib import crc32
 
 from .address import AddressError, parse_address
@@ -29,6 +33,7 @@ from .lists import FULL, PLAIN, TEXT, Header, Kind, ListError, ListFile, columns
 from .patterns import parse_name_pattern, parse_pattern
 
 BLOCK = 4 << 20
+TICK = 20_000_000  # ns: what is written within a tick of the kernel's clock (4 or 10 ms) has the same time
 LINE_LIMIT = 1 << 20  # octets: an alias with many members
 PER_BUCKET = 16  # keys
 COARSE = 1024  # parts that the keys are sorted into first: they fit the processor's cache, buckets do not
@@ -52,26 +57,32 @@ def compile_list(source: ListFile, folder: Path | None, fewest: int = 0) -> int:
     Raises ListError, also when it has less than `fewest`, and OSError when `folder` cannot be written to.
     """
     try:
-        file = source.path.open("rb")
+        # Whoever opens a FIFO waits for its writer.
+        file = open(os.open(source.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb")  # noqa: SIM115
     except OSError as error:
         raise ListError(source.path, 0, f"cannot be read: {error.strerror}") from None
     with file:
         try:
-            stamp = stamp_of(os.fstat(file.fileno()))
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise ListError(source.path, 0, "cannot be read: it is no regular file")
+            stamp = stamp_of(status)
+            if 0 <= time.time_ns() - stamp.mtime < TICK:
+                time.sleep(TICK / 1e9)
             made = _READERS[source.kind](source, file)
             if stamp_of(os.fstat(file.fileno())) != stamp:
                 raise ListError(source.path, 0, "it was changed while it was read")
         except OSError as error:
             raise ListError(source.path, 0, f"cannot be read: {error.strerror}") from None
-    if made.entries < fewest:
-        why = f"it has {made.entries} entries, less than half of those before (`fastsmtp reload`, if that is meant)"
+    if made.total < fewest:
+        why = f"it has {made.total} entries, less than half of those before (`fastsmtp reload`, if that is meant)"
         raise ListError(source.path, 0, why)
     if folder is not None:
         index_at = TEXT + sum(map(len, made.contents))
         index_at += -index_at % 8 if made.index else 0
         header = Header(source.kind, stamp, made.entries, index_at - made.tail, made.places, made.flags)
         _publish(source.compiled(folder), header, made)
-    return made.entries
+    return made.total
 
 
 class _Made:
@@ -88,9 +99,17 @@ class _Made:
         self.flags = flags
         self.tail = tail
 
+    @property
+    def total(self) -> int:
+        """Of what a person would count: networks of IPv6 have no index."""
+        return self.entries if self.index else self.entries + self.places
+
 
 def _publish(file: Path, header: Header, made: _Made) -> None:
     file.parent.mkdir(mode=0o700, exist_ok=True)
+    for left_over in file.parent.glob(f"{file.name}.*.tmp"):
+        if not Path("/proc", left_over.suffixes[-2][1:]).exists():
+            left_over.unlink(missing_ok=True)
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("xb") as out:
@@ -155,10 +174,12 @@ class _Buckets:
         return _Made(self._entries, places, contents, index=index.tobytes(), flags=flags)
 
 
-def _blocks(source: ListFile, file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+def _blocks(source: ListFile, file: BufferedReader) -> Iterator[tuple[int, bytes]]:
     """The number of its first line, and whole lines with LF at their ends."""
     first = 1
     rest = b""
+    if file.peek(len(BOM_UTF8))[: len(BOM_UTF8)] == BOM_UTF8:  # as editors of Windows begin their files
+        file.seek(len(BOM_UTF8))
     while block := file.read(BLOCK):
         block = rest + block
         end = block.rfind(b"\n") + 1
@@ -188,7 +209,7 @@ def _fail(source: ListFile, number: int, line: str, error: ValueError, expected:
     raise ListError(source.path, number, f"expected {expected}, found {shown} ({error})") from None
 
 
-def _read_mailboxes(source: ListFile, file: BinaryIO) -> _Made:
+def _read_mailboxes(source: ListFile, file: BufferedReader) -> _Made:
     fold = source.kind == "mailboxes"
     buckets = _Buckets()
     flags = 0
@@ -212,8 +233,8 @@ def _read_mailboxes(source: ListFile, file: BinaryIO) -> _Made:
     return buckets.finish(flags)
 
 
-def _read_patterns(parse: Callable[[str], str], expected: str) -> Callable[[ListFile, BinaryIO], _Made]:
-    def read(source: ListFile, file: BinaryIO) -> _Made:
+def _read_patterns(parse: Callable[[str], str], expected: str) -> Callable[[ListFile, BufferedReader], _Made]:
+    def read(source: ListFile, file: BufferedReader) -> _Made:
         buckets = _Buckets()
         for first, block in _blocks(source, file):
             keys: list[bytes] = []
@@ -231,7 +252,7 @@ def _read_patterns(parse: Callable[[str], str], expected: str) -> Callable[[List
 # Networks
 
 
-def _read_networks(source: ListFile, file: BinaryIO) -> _Made:
+def _read_networks(source: ListFile, file: BufferedReader) -> _Made:
     four: list[tuple[int, int]] = []
     six: list[tuple[int, int]] = []
     for first, block in _blocks(source, file):
@@ -239,12 +260,25 @@ def _read_networks(source: ListFile, file: BinaryIO) -> _Made:
             try:
                 span, version = _parse_network(line.strip())
             except (OSError, ValueError):
-                _fail(source, number, line, _Wrong("no bit may be set behind its length"), "an IP address or a network")
+                wrong = _Wrong(_explain_network(line.strip()))
+                _fail(source, number, line, wrong, "an IP address or a network")
             (four if version == 4 else six).append(span)
     four, six = merge(four), merge(six)
     low = [column.tobytes() for column in columns(four)] if four else []
     high = [column.tobytes() for column in columns(words(six), 4)] if six else []
     return _Made(len(four), len(six), [*low, *high], tail=len(six) * 32)
+
+
+def _explain_network(text: str) -> str:
+    """Why it is none."""
+    try:
+        written = ip_interface(text)
+    except ValueError:
+        return "it is neither"
+    network = written.network
+    if int(written) == int(network.network_address):
+        return "it is neither"
+    return f"it has bits set beyond /{network.prefixlen}; did you mean {network}?"
 
 
 def _parse_network(text: str) -> tuple[tuple[int, int], int]:
@@ -268,7 +302,7 @@ def _parse_network(text: str) -> tuple[tuple[int, int], int]:
 # Aliases
 
 
-def _read_aliases(source: ListFile, file: BinaryIO) -> _Made:
+def _read_aliases(source: ListFile, file: BufferedReader) -> _Made:
     targets: dict[str, tuple[str, ...]] = {}
     numbers: dict[str, int] = {}
     for number, line in _folded(source, file):
@@ -290,7 +324,7 @@ def _read_aliases(source: ListFile, file: BinaryIO) -> _Made:
     return buckets.finish()
 
 
-def _folded(source: ListFile, file: BinaryIO) -> Iterator[tuple[int, str]]:
+def _folded(source: ListFile, file: BufferedReader) -> Iterator[tuple[int, str]]:
     """Entries: a line that begins with a blank goes on with the one before."""
     begun = ""
     begun_at = 0
@@ -308,7 +342,7 @@ def _folded(source: ListFile, file: BinaryIO) -> Iterator[tuple[int, str]]:
         yield begun_at, begun
 
 
-_READERS: dict[Kind, Callable[[ListFile, BinaryIO], _Made]] = {
+_READERS: dict[Kind, Callable[[ListFile, BufferedReader], _Made]] = {
     "mailboxes": _read_mailboxes,
     "mailboxes-case": _read_mailboxes,
     "networks": _read_networks,

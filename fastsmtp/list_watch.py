@@ -1,8 +1,9 @@
 """When lists are compiled: before a configuration is used, and when their text changes while the server runs.
 
-In: a configuration. Out: compiled files that all workers take (lists.py). `prepare` returns when every list is there in
-its present version, or raises ListError, and nothing was published then that is not whole. A `Watcher`, which the
-supervisor has, looks at the text files once a second; a file that has changed, and then not for a second, is compiled.
+In: a configuration. Out: compiled files that all workers take (lists.py). A `Preparation` is done when every list is
+there in its present version, or ends with the first ListError, and nothing was published then that is not whole. A
+`Watcher`, which the supervisor has, looks at the text files once a second; a file that has changed, and then not for a
+second, is compiled. Both are asked in the supervisor's rounds: 10,000,000 lines take 10 seconds, and nobody waits.
 What is wrong is logged once, with file and line; the version before stays in force. So it does when a list has lost
 over half of its entries: somebody may be writing it still, and what is missing would be refused for good. All is done
 in forked processes, as the user that the workers are: whoever forks them has one thread. fork(2).
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeAlias
 
 from . import log as logs
+from ._shared import die_with_parent
 from .config import Config, InFile
 from .list_compile import compile_list
 from .lists import Kind, ListError, ListFile, Stamp, read_header, stamp_of
@@ -43,15 +45,18 @@ def lists_of(config: Config) -> Iterator[tuple[Place, ListFile]]:
             yield ("domain", i, "aliases"), ListFile("aliases", domain.aliases)
     if config.alias.file is not None:
         yield ("alias", "file"), ListFile("aliases", config.alias.file)
+    if isinstance(config.inbound.exceptions, InFile):
+        yield ("inbound", "exceptions"), ListFile("networks", config.inbound.exceptions.path)
     for i, rule in enumerate(config.rule):
-        for key, value, what in (
+        parts: tuple[tuple[str, object, Kind], ...] = (
             ("client", rule.client, "networks"),
             ("helo", rule.helo, "names"),
             ("sender", rule.sender, "addresses"),
             ("recipient", rule.recipient, "addresses"),
-        ):
+        )
+        for key, value, what in parts:
             if isinstance(value, InFile):
-                yield ("rule", i, key), ListFile(what, value.path)  # type: ignore[arg-type]
+                yield ("rule", i, key), ListFile(what, value.path)
 
 
 def files_of(config: Config) -> list[ListFile]:
@@ -60,15 +65,6 @@ def files_of(config: Config) -> list[ListFile]:
 
 def folder_of(config: Config) -> Path:
     return config.data_dir / FOLDER
-
-
-def prepare(config: Config, become: Become = None, folder: Path | None = None) -> None:
-    """Compiles what is not there, or of another version than its text; elsewhere where a `folder` is named. `become`
-    makes the process that does it the user who serves. Raises ListError, and OSError when there is no process."""
-    folder = folder or folder_of(config)
-    for file in files_of(config):
-        if not _is_current(file, folder):
-            _take_answer(_fork(file, folder, become), file, wait=True)
 
 
 def check_lists(config: Config) -> Iterator[tuple[Place, str]]:
@@ -92,7 +88,7 @@ def _is_current(file: ListFile, folder: Path) -> bool:
 def _half_of(file: ListFile, folder: Path) -> int:
     """Of the entries that are in force; 0: of a small list."""
     header = read_header(file.compiled(folder))
-    return (header.entries + 1) // 2 if header is not None and header.entries >= SMALL else 0
+    return (header.total + 1) // 2 if header is not None and header.total >= SMALL else 0
 
 
 class _Child(NamedTuple):
@@ -100,6 +96,11 @@ class _Child(NamedTuple):
 
     pid: int
     answer: int
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        os.close(self.answer)
 
 
 def _fork(file: ListFile, folder: Path, become: Become, fewest: int = 0) -> _Child:
@@ -129,6 +130,7 @@ def _compile_and_exit(file: ListFile, folder: Path, become: Become, answer: int,
         signal.pthread_sigmask(signal.SIG_SETMASK, ())
         if become is not None:
             become()
+        die_with_parent(signal.SIGKILL)
         os.nice(5)
         said: dict[str, int | str]
         try:
@@ -158,11 +160,41 @@ def _take_answer(child: _Child, file: ListFile, *, wait: bool) -> int | None:
     return int(answer["entries"])
 
 
+class Preparation:
+    """Compiles what of a configuration is not there, or of another version than its text; elsewhere where a `folder` is
+    named. `become` makes the processes that do it, one after the other, the user who serves."""
+
+    def __init__(self, config: Config, become: Become = None, folder: Path | None = None) -> None:
+        self._folder = folder or folder_of(config)
+        self._become = become
+        self._left = [file for file in files_of(config) if not _is_current(file, self._folder)]
+        self._child: _Child | None = None  # compiles the first that is left
+
+    def advance(self, *, wait: bool = False) -> bool:
+        """Whether every list is there. Raises ListError, and OSError when there is no process: it is over then."""
+        while self._left:
+            file = self._left[0]
+            child = self._child or _fork(file, self._folder, self._become)
+            self._child = None
+            if _take_answer(child, file, wait=wait) is None:
+                self._child = child
+                return False
+            del self._left[0]
+        return True
+
+    def close(self) -> None:
+        if self._child is not None:
+            self._child.kill()
+            self._child = None
+
+
 class Watcher:
-    """Compiles lists whose text has changed. `become` as for `prepare`; nothing here waits."""
+    """Compiles lists whose text has changed. `become` as for `prepare`; nothing here waits. `on_kept` is called when a
+    list stays as it was, because it is wrong now."""
 
     def __init__(self, log: logs.Log, become: Become = None) -> None:
         self._log = log
+        self.on_kept: Callable[[], None] = lambda: None
         self._become = become
         self._child: tuple[_Child, ListFile, float] | None = None  # and when it began
         self._done: dict[ListFile, Stamp | None] = {}  # published, or found wrong
@@ -179,11 +211,8 @@ class Watcher:
 
     def close(self) -> None:
         if self._child is not None:
-            child, _, _ = self._child
+            self._child[0].kill()
             self._child = None
-            os.kill(child.pid, signal.SIGKILL)
-            os.waitpid(child.pid, 0)
-            os.close(child.answer)
 
     def _look(self, files: Sequence[ListFile], folder: Path, now: float) -> None:
         for file in files:
@@ -198,6 +227,8 @@ class Watcher:
             self._seen[file] = stamp
             if stamp == seen and stamp != self._done[file]:
                 self._done[file] = stamp
+                if _is_current(file, folder):  # a reload has done it
+                    continue
                 try:
                     self._child = (_fork(file, folder, self._become, _half_of(file, folder)), file, now)
                 except OSError as error:
@@ -212,4 +243,5 @@ class Watcher:
             self._log.write(logs.LIST_PUBLISHED, str(file.path), entries, time.monotonic() - began)
         except ListError as error:
             self._log.write(logs.LIST_KEPT, error.file, error.line, error.message)
+            self.on_kept()
         self._child = None

@@ -26,6 +26,8 @@ from queue import SimpleQueue
 from threading import Thread
 from traceback import extract_tb
 
+from ._files import render_line
+
 
 class Level(Enum):
     """How much attention an event asks for, and its colour on a terminal (SGR parameter)."""
@@ -38,7 +40,7 @@ class Level(Enum):
 class Event:
     """A kind of line: its name, the names of its values in the order of `Log.write`, and what it tells."""
 
-    __slots__ = ("fields", "help", "json", "level", "name")
+    __slots__ = ("fields", "help", "json", "level", "name", "pieces")
 
     def __init__(self, name: str, fields: str, help_text: str, level: Level = Level.INFO) -> None:
         self.name = name
@@ -48,6 +50,7 @@ class Event:
         # The line is one `%` away from its values: a dict and json.dumps cost three times as much.
         members = "".join(f',"{field}":%s' for field in self.fields)
         self.json = f'{{"time":"%s","level":"{level.name.lower()}","event":"{name}"{members}}}\n'
+        self.pieces = tuple([piece.encode() for piece in self.json.split("%s")])
 
 
 # Addresses stand as in SMTP, without brackets; the null reverse-path is "<>". Seconds are durations.
@@ -87,7 +90,11 @@ LOOKUP_FAILED = Event(
     "accepted where the configuration says so.",
     Level.WARNING,
 )
-REFUSED = Event("refused", "client stage reason reply from to", "A client, sender, recipient or message was refused.")
+REFUSED = Event(
+    "refused",
+    "client stage reason reply from to",
+    "A client, sender, recipient or message was refused; `from` is null where no sender was heard.",
+)
 AUTH_FAILED = Event(
     "auth-failed",
     "client port listener mechanism user reason reply",
@@ -234,7 +241,7 @@ class Log:
             self._untold = 0
         number = 0
         size = 0
-        chunk: list[str] = []
+        chunk: list[bytes] = []
         for number, (when, event, values) in enumerate(lines, 1):
             if room <= 0:
                 number -= 1
@@ -243,16 +250,15 @@ class Log:
                 line = self._render(when, event, values)
             except (TypeError, ValueError):  # as many values as fields: a bug elsewhere, which must not stop the log
                 line = self._render(when, BUG, ("log", f"{event.name} with {len(values)} values", None))
-            length = len(line) if line.isascii() else len(line.encode())
-            room -= length
-            size += length
+            room -= len(line)
+            size += len(line)
             if size > self._chunk:
-                self._outlet.put("".join(chunk).encode(), len(chunk))
+                self._outlet.put(b"".join(chunk), len(chunk))
                 chunk = []
-                size = length
+                size = len(line)
             chunk.append(line)
         if chunk:
-            self._outlet.put("".join(chunk).encode(), len(chunk))
+            self._outlet.put(b"".join(chunk), len(chunk))
         self._lines = lines[number:]
         return dropped
 
@@ -266,32 +272,22 @@ class Log:
             self._stamp = f"{self._second}.{millisecond % 1000:03d}Z"
         return self._stamp
 
-    def _render_json(self, when: float, event: Event, values: tuple[object, ...]) -> str:
+    def _render_json(self, when: float, event: Event, values: tuple[object, ...]) -> bytes:
         stamp = self._render_time(when)
-        line = ""
-        for width in WIDTHS:
-            line = event.json % (
-                stamp,
-                *[
-                    quote_json(value) if type(value) is str and len(value) <= width else _json(value, width)
-                    for value in values
-                ],
-            )
-            if len(line) <= select.PIPE_BUF:
-                break
-        return line
+        line = render_line(event.pieces, stamp, values)
+        return _render_with_care(event, stamp, values) if line is None else line
 
-    def _render_text(self, when: float, event: Event, values: tuple[object, ...]) -> str:
+    def _render_text(self, when: float, event: Event, values: tuple[object, ...]) -> bytes:
         stamp = self._render_time(when)
         name = f"{event.name:<14}"
         if self._colour and event.level is not Level.INFO:
             name = f"\x1b[{event.level.value}m{name}\x1b[0m"
         pairs = [(field, value) for field, value in zip(event.fields, values, strict=True) if value is not None]
-        line = ""
+        line = b""
         for width in WIDTHS:
             shown = "".join([f" {field}={_text(value, width)}" for field, value in pairs])
-            line = f"{stamp} {name}{shown}\n"
-            if len(line.encode()) <= select.PIPE_BUF:
+            line = f"{stamp} {name}{shown}\n".encode()
+            if len(line) <= select.PIPE_BUF:
                 break
         return line
 
@@ -317,13 +313,21 @@ def _cut_items(values: tuple[object, ...], width: int) -> list[str]:
     return items if len(values) <= most else [*items, f"and {len(values) - most} more"]
 
 
+def _render_with_care(event: Event, stamp: str, values: tuple[object, ...]) -> bytes:
+    """In JSON, whatever the values are; plain ones as `render_line` does it."""
+    line = ""
+    for width in WIDTHS:
+        line = event.json % (stamp, *[_json(value, width) for value in values])
+        if len(line) <= select.PIPE_BUF:
+            break
+    return line.encode()
+
+
 def _json(value: object, width: int) -> str:
     """The escapes are ASCII throughout: no control character of any kind is left."""
     if type(value) is int:
         return str(value)
     if isinstance(value, tuple):
-        if len(value) == 1 and type(value[0]) is str and len(value[0]) <= width:  # most messages; 0.2 µs, not 0.7
-            return f"[{quote_json(value[0])}]"
         return "[" + ",".join([quote_json(item) for item in _cut_items(value, width)]) + "]"
     if value is None:
         return "null"

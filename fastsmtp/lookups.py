@@ -16,17 +16,25 @@ from .delivery.ahead import Ahead, AheadError
 from .delivery.smtp import Smtp
 from .domains import Lookup
 from .log import Log
+from .metrics import Counter
 from .policy.lookup import Asked, LookupFailedError, Question
 from .sql import Database, SqlError
 
 
 class Lookups:
-    """`make_transport` makes the transport of a name anew, for call-ahead."""
+    """`make_transport` makes the transport of a name anew, for call-ahead; `count` counts what fails."""
 
-    def __init__(self, databases: Mapping[str, Database], make_transport: Callable[[str], Smtp], log: Log) -> None:
+    def __init__(
+        self,
+        databases: Mapping[str, Database],
+        make_transport: Callable[[str], Smtp],
+        log: Log,
+        count: Callable[[Counter, int], None],
+    ) -> None:
         self._databases = databases
         self._make_transport = make_transport
         self._log = log
+        self._count = count
         self._servers: dict[str, Ahead] = {}
 
     def make(self, section: SqlLookup | AheadLookup, case_sensitive: bool) -> Lookup:
@@ -48,6 +56,7 @@ class Lookups:
             accepts=section.on_failure == "accept",
             folds=not case_sensitive,
             log=self._log,
+            count=lambda: self._count(Counter.LOOKUP_FAILED, 1),
         )
 
     async def close(self) -> None:

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from .verdict import Client
 
 
+LIST = "list"  # a fault that is none: this is the address of a list, and its members are recipients of their own
+
+
 class Recipient:
     """One accepted forward-path. `orcpt` and `notify` (RFC 3461) are empty where the client sent none.
 
-    `fault`: why this recipient cannot be delivered to, found when the message was taken; empty as a rule.
+    `fault`: why this recipient cannot be delivered to, found when the message was taken, or LIST; empty as a rule.
     `sender`: the owner of the list that brought it here, in place of the reverse-path.
     """
 

@@ -45,5 +45,26 @@ class Counter(IntEnum):
     LOG_LINES_DROPPED = "Log lines dropped because the log was not read fast enough"
     REPORTS = "Delivery reports written"
     DESTINATIONS_DEAD = "Times that a destination was found dead"
+    LOOKUP_FAILED = "Look-ups of mailboxes that had no answer: a database or a server was away, slow or wrong"
+    LIST_KEPT = "Lists that could not be read or were wrong: the version before stayed in force"
+    RECIPIENT_NOT_CHECKED = "RCPT commands answered 451: their mailbox could not be looked up"
+    CHECK_FAILED = "Commands answered 451: a check failed or took too long"
+    UNKNOWN_MAILBOX = "Commands refused: there is no such mailbox"
+    RELAYING_DENIED = "RCPT commands refused: their domain is not served here, and their client may not send elsewhere"
+    REFUSED_BY_RULE = "Clients, and MAIL and RCPT commands, that a [[rule]] refused for now or for good"
     AUTHENTICATED = "AUTH commands answered 235"
     AUTH_FAILED = "Authentications that failed, or could not be done"
+
+
+# Refusals that are counted by their reason, which is the word in reply, log and `check --as`.
+_BY_REASON = {
+    counter.name.lower().replace("_", "-"): counter
+    for counter in (
+        *(Counter.RECIPIENT_NOT_CHECKED, Counter.CHECK_FAILED, Counter.UNKNOWN_MAILBOX, Counter.RELAYING_DENIED),
+    )
+}
+
+
+def counter_of(reason: str) -> Counter | None:
+    """What counts refusals of a reason; None: nothing does, or who refused has counted it (policy/limits.py)."""
+    return Counter.REFUSED_BY_RULE if reason.startswith("rule-") else _BY_REASON.get(reason)

@@ -42,6 +42,7 @@ from .list_watch import folder_of
 from .lists import Lists
 from .log import Log
 from .lookups import Lookups
+from .metrics import Counter
 from .nameservers import NameServers
 from .routes import Routes
 from .seat import Settings
@@ -122,6 +123,7 @@ class Ways:
         before: Ways | None = None,
         lists: Lists | None = None,
         databases: Mapping[str, Database] | None = None,
+        count: Callable[[Counter, int], None] = lambda _counter, _n: None,
     ) -> None:
         config = self._config = settings.config
         self._passwords = settings.passwords
@@ -129,7 +131,7 @@ class Ways:
         self._log = log
         self._identity = identity
         self._lists = lists or Lists(folder_of(config))
-        self._lookups = Lookups(databases or {}, self._make_asked, log)
+        self._lookups = Lookups(databases or {}, self._make_asked, log, count)
         by = (config.dns, config.hostname, config.relay.own_addresses)
         self._found: _Found = before._found if before is not None and before._found.by == by else _Found(config)
         self._turned: _Turned | None = before._turned if before is not None else None

@@ -26,11 +26,12 @@ from typing import TypeAlias
 from . import log as logs
 from ._shared import Shared
 from .address import Address
+from .delivery import DELIVERED as TAKEN
 from .delivery import Delivery, Outcome, Result, Scope, Transport
 from .destinations import DEAD, Batch, Destinations, Lane, LaneState, unreached
 from .fate import Fate, Fates
 from .job import Backlog, Job, Mark
-from .message import Message, Recipient, sent_by_owner
+from .message import LIST, Message, Recipient, sent_by_owner
 from .metrics import Counter
 from .reporting import Reports
 from .schedule import Schedule
@@ -232,8 +233,9 @@ class Queue:
         """Where a recipient goes; None when it cannot be tried now, and its fate is decided."""
         recipient = job.message.envelope.recipients[number]
         if recipient.fault:
-            outcome = Outcome(Result.FAILED, "5.4.6", recipient.fault)
-            fates.append(self._fates.attempted(job, number, outcome, "", 0.0))
+            is_list = recipient.fault == LIST
+            outcome = TAKEN if is_list else Outcome(Result.FAILED, "5.4.6", recipient.fault)
+            fates.append(self._fates.attempted(job, number, outcome, LIST if is_list else "", 0.0))
             return None
         name, recipient.address = self._route(recipient.address)
         lane = self._destinations.lane(name, recipient.address)
@@ -402,10 +404,14 @@ class Queue:
         delivered = 0
         now = self._now()
         log_delivery = self._fates.log_delivery
-        for (job, delivery), outcomes in zip(batch, results, strict=True):
+        assert len(results) == len(batch)
+        for nth, (job, delivery) in enumerate(batch):  # zip(strict=True) takes 0.4 µs
             message = job.message
+            outcomes = results[nth]
+            assert len(outcomes) == len(delivery.numbers)
             fates: list[Fate] | None = None
-            for number, recipient, outcome in zip(delivery.numbers, delivery.recipients, outcomes, strict=True):
+            for at, number in enumerate(delivery.numbers):
+                recipient, outcome = delivery.recipients[at], outcomes[at]
                 if outcome.result is DELIVERED and not recipient.notify:  # most mail: as Fates does, without a Fate
                     delivered += 1
                     marks.append(Mark(job.key, number))

@@ -8,27 +8,24 @@ line each on standard error. It does not matter whether the server runs. Nothing
 
 from __future__ import annotations
 
-import functools
 import heapq
 import itertools
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn, ParamSpec
+from typing import Any, ParamSpec
 
 import click
 
 from .address import AddressError, parse_domain
 from .census import Census
-from .config import Config, ConfigError, default, load
+from .command_line import JSON_OPTION, config_option, end, member
+from .config import Config, default, load
 from .console import Answer, Console, ConsoleError, reach
 from .ids import is_id
 from .queue_text import Printer, number_of, show_census, show_details, show_message
 from .selection import EVERYTHING, Selection
-
-CONFIG_VARIABLE = "FASTSMTP_CONFIG"
 
 P = ParamSpec("P")
 
@@ -41,33 +38,7 @@ def queue() -> None:
     """
 
 
-def _command(function: Callable[P, None]) -> Callable[P, None]:
-    """A command of the group, with the options that all have; what cannot be done is one line and exit code 1."""
-
-    @functools.wraps(function)
-    def run(*arguments: P.args, **options: P.kwargs) -> None:
-        try:
-            function(*arguments, **options)
-            sys.stdout.flush()
-        except ConfigError as error:
-            _end(*map(str, error.errors))
-        except ConsoleError as error:
-            _end(f"fastsmtp: {error}")
-        except BrokenPipeError:  # who reads has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-    for option in (
-        click.option("--json", "as_json", is_flag=True, help="Answer in JSON."),
-        click.option(
-            "--config",
-            "file",
-            type=click.Path(path_type=Path),
-            envvar=CONFIG_VARIABLE,
-            help=f"The server's configuration (also: {CONFIG_VARIABLE}); without it, the embedded default.",
-        ),
-    ):
-        run = option(run)
-    return queue.command(name=function.__name__.strip("_"))(run)
+_command = member(queue, ConsoleError, JSON_OPTION, config_option(without="the embedded default"))
 
 
 def _selecting(function: Callable[P, None]) -> Callable[P, None]:
@@ -103,12 +74,6 @@ def _domain(text: str) -> str:
 
 def _config(file: Path | None) -> Config:
     return load(file) if file else default()
-
-
-def _end(*lines: str) -> NoReturn:
-    for line in lines:
-        click.echo(line, err=True)
-    sys.exit(1)
 
 
 # Questions
@@ -298,4 +263,4 @@ def _confirm(console: Console, selection: Selection) -> None:
 def _end_unknown(unknown: Iterable[str]) -> None:
     lines = [f"fastsmtp: {message_id} is not in the queue" for message_id in sorted(unknown)]
     if lines:
-        _end(*lines)
+        end(*lines)

@@ -36,16 +36,17 @@ RENEW = b"T"  # certificates
 RESULT = b"R"  # the numbers of those who asked, with commas between, and what became of their reload, as JSON
 # From a worker:
 ASKED = b"reload"  # the number of who asks, in this worker, and his uid
-READY = b"ok"
-UNABLE = b"no"
+READY = b"ok"  # the order's number
+UNABLE = b"no"  # the same, and why
 
 Key = tuple[Inet | Unix, int]  # an address, and its number among the same ones (port 0 may stand twice)
 
 
 class Order(NamedTuple):
-    """`bound`: the number and listener of each socket, `fresh` those numbers that come along, in this order; behind
-    them the runner's socket, if `asks`."""
+    """`number` is in its answer, too: one that comes late is none to the next order. `bound`: the number and listener
+    of each socket, `fresh` those numbers that come along, in this order; behind them the runner's socket, if `asks`."""
 
+    number: int
     settings: Settings
     bound: tuple[tuple[int, int], ...]
     fresh: tuple[int, ...]
@@ -240,8 +241,8 @@ class Orders:
                 one.close()
             if not isinstance(error, OSError | ValueError):
                 self._on_bug(error)
-            return b"%s %s" % (UNABLE, str(error).encode()[:1000])
-        return READY
+            return b"%s %d %s" % (UNABLE, order.number, str(error).encode()[:1000])
+        return b"%s %d" % (READY, order.number)
 
 
 def _load(memory: int) -> Any:

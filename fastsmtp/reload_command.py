@@ -14,23 +14,14 @@ from typing import Any
 
 import click
 
+from .command_line import JSON_OPTION, config_option
 from .config import ConfigError, load
 from .console import ConsoleError, ask_server
-from .queue_command import CONFIG_VARIABLE
-
-_FILE = click.Path(path_type=Path)
 
 
 @click.command()
-@click.option(
-    "--config",
-    "file",
-    type=_FILE,
-    required=True,
-    envvar=CONFIG_VARIABLE,
-    help=f"The server's configuration (also: {CONFIG_VARIABLE}).",
-)
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@config_option(required=True)
+@JSON_OPTION
 def reload(file: Path, as_json: bool) -> None:
     """Have the running server take its changed configuration; no session is ended."""
     try:

@@ -26,12 +26,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .address import NULL, Address, AddressError, parse_address
-from .config import Config, ConfigError, default, load
+from .config import CONFIG_VARIABLE, Config, ConfigError, default, load
 from .header import HeaderError, parse_mailboxes, read_header
 from .local_socket import SUBMIT, connect, workers
 from .submission import render_missing
 
-CONFIG_VARIABLE = "FASTSMTP_CONFIG"
 CONFIG_FILE = Path("/etc/fastsmtp/fastsmtp.toml")  # for callers that can give neither an option nor the variable
 TIMEOUT = 300.0  # seconds for a reply; RFC 5321 4.5.3.2 has 10 minutes for the last one, between hosts
 

@@ -11,10 +11,10 @@ import asyncio
 import ssl
 import time
 from collections.abc import Callable, Coroutine
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from . import log as logs
+from ._files import send_last
 from ._parser import Parser
 from ._shared import Shared
 from .commands import BARRIERS
@@ -67,9 +67,9 @@ class Service:
     """
 
     __slots__ = (
-        "context", "draining", "early_refused", "fetches", "keeper", "leaving", "limits", "log", "loop", "make_parser",
-        "name", "outbox", "policy", "rounds", "session_limit", "shared", "tasks", "terms", "times", "trusts", "turn",
-        "withheld", "worker",
+        "context", "draining", "early_refused", "fetches", "keeper", "last_words", "leaving", "limits", "log", "loop",
+        "make_parser", "name", "outbox", "policy", "rounds", "session_limit", "shared", "tasks", "terms", "times",
+        "trusts", "turn", "withheld", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -113,17 +113,13 @@ class Service:
         self.trusts = trusts
         self.fetches = fetches
         self.limits = limits
-        self.make_parser: Callable[[], Parser] = partial(
-            Parser,
-            BARRIERS,
-            command_line=command_line,
-            auth_line=auth_line,
-            text_line=text_line,
-            header=header,
-            bare=bare,
+        parser = Parser(
+            BARRIERS, command_line=command_line, auth_line=auth_line, text_line=text_line, header=header, bare=bare
         )
+        self.make_parser: Callable[[], Parser] = parser.another
         self.draining = False
         self.outbox: list[tuple[asyncio.Transport, bytes]] = []
+        self.last_words: list[tuple[asyncio.Transport, bytes, bool]] = []
         self.tasks: set[asyncio.Task[None]] = set()
         self.rounds: list[set[Connection]] = [set() for _ in range(self.times.period)]
         self.leaving: set[Connection] = set()
@@ -153,9 +149,16 @@ class Service:
     def post(self, transport: asyncio.Transport, octets: bytes) -> None:
         """Has octets sent when every session that can go on has gone on. A write runs the kernel's whole network
         stack and wakes the client: sessions after sessions, then writes after writes, take 10 % less CPU."""
-        if not self.outbox:
+        if not self.outbox and not self.last_words:
             self.loop.call_soon(self.send)
         self.outbox.append((transport, octets))
+
+    def post_last(self, transport: asyncio.Transport, octets: bytes, plain: bool) -> None:
+        """Has the last octets of a session sent, behind what was posted before, and the connection closed. `plain`:
+        the socket takes them as they are."""
+        if not self.outbox and not self.last_words:
+            self.loop.call_soon(self.send)
+        self.last_words.append((transport, octets, plain))
 
     def send(self) -> None:
         """Sends what was posted."""
@@ -165,9 +168,25 @@ class Service:
             for transport, octets in outbox:
                 if not transport.is_closing():
                     transport.write(octets)
+        last_words = self.last_words
+        if last_words:
+            self.last_words = []
+            for transport, octets, plain in last_words:
+                if not transport.is_closing():
+                    _end(transport, octets, plain)
 
     def run(self, work: Coroutine[None, None, None]) -> None:
         """Runs a coroutine that nobody waits for."""
         task = self.loop.create_task(work)
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
+
+
+def _end(transport: asyncio.Transport, octets: bytes, plain: bool) -> None:
+    """Octets and the end leave in one packet, unless others wait to be sent before them."""
+    socket = transport.get_extra_info("socket") if plain else None
+    if socket is not None and not transport.get_write_buffer_size():
+        octets = octets[send_last(socket.fileno(), octets) :]
+    if octets:
+        transport.write(octets)
+    transport.close()

@@ -14,10 +14,10 @@ RFC 4954; RFC 1985; RFC 2645.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from ._parser import BodyEnd, FrameError, Line
-from .address import NULL
+from .address import Address
 from .auth import MECHANISMS, Attempt, available
 from .auth_exchange import Exchange
 from .commands import (
@@ -106,7 +106,7 @@ from .reply import (
     softened,
 )
 from .rights import NO_RIGHTS
-from .submission import Rules, Submitter, prepare
+from .submission import Handling, Submitter, prepare
 from .terms import Terms
 from .transaction import Transaction
 from .verdict import Ask, Client, Refused, Stage, Store, Stored, Verdict
@@ -163,7 +163,7 @@ class Session:
         self.from_part = ""  # of the Received field, empty before HELO
         self.transaction: Transaction | None = None
         self.refused = False  # at CONNECT: only QUIT is left
-        self.subject = NULL  # the address last heard, for the log
+        self.subject: Address | None = None  # what MAIL or RCPT has just said, for the log; None: no address
         self.exchange: Exchange | None = None  # AUTH is under way: what comes are responses, not commands
         self.attempt: Attempt | None = None  # of the AUTH that has just ended, for the log
         self.asked: Ask | Store | None = None  # what was returned and has not been resumed
@@ -247,8 +247,8 @@ class Session:
         arrived = self.terms.now()
         prefix = received(self.from_part, self.terms.hostname, envelope, date(int(arrived)))
         store = Store(envelope, prefix, arrived, header_end)
-        if self.client.user and (rules := self.terms.rules) is not None:
-            refusal = self._submit(rules, store, bytes(head[:header_end]))
+        if self.client.user and (handling := self.terms.handling) is not None:
+            refusal = self._submit(handling, store, bytes(head[:header_end]))
             if refusal is not None:
                 return self._finish(refusal)
         if self.terms.waivable and not envelope.require_tls:
@@ -260,7 +260,7 @@ class Session:
         self.asked = store
         return store
 
-    def _submit(self, rules: Rules, store: Store, header: bytes) -> Reply | None:
+    def _submit(self, handling: Handling, store: Store, header: bytes) -> Reply | None:
         """Does to a user's message what submission does; or why it is refused."""
         envelope = store.envelope
         client, hostname = self.client, self.terms.hostname
@@ -268,10 +268,10 @@ class Session:
         submitter = Submitter(
             client.user, client.rights or NO_RIGHTS, envelope.reverse_path, hostname, envelope.id, today
         )
-        changes = prepare(rules, header, submitter)
+        changes = prepare(handling, header, submitter)
         if isinstance(changes, Reply):
             return changes
-        if rules.hide_client:
+        if handling.hide_client:
             store.prefix = received(hidden_from(client), hostname, envelope, today)
         store.prefix += changes.added
         store.cuts = changes.cuts
@@ -382,6 +382,7 @@ class Session:
     def _mail(self, line: Line) -> Answer:
         if self.transaction is not None:
             return R503_NESTED_MAIL
+        self.subject = None
         reverse_path, values = parse_mail(line, self.terms.brackets)
         self.subject = reverse_path
         envelope = Envelope(reverse_path)
@@ -410,13 +411,13 @@ class Session:
         return R250_SENDER_OK
 
     def _rcpt(self, line: Line) -> Answer:
+        self.subject = None
         transaction = self.transaction
         if transaction is None:
             return R503_MAIL_FIRST
         if transaction.begun:
             return R503_RCPT_AFTER_BDAT
         transaction.tried = True
-        self.subject = NULL
         address, is_ascii, values = parse_rcpt(line, self.terms.brackets)
         envelope = transaction.envelope
         self.subject = address
@@ -649,7 +650,7 @@ HANDLERS: Mapping[bytes, Callable[[Session, Line], Answer]] = {
     b"ETRN": Session._etrn,
     b"ATRN": Session._atrn,
 }
-ROWS = {verb: (VERBS[verb], handler) for verb, handler in HANDLERS.items()}
+ROWS: Final = {verb: (VERBS[verb], handler) for verb, handler in HANDLERS.items()}
 # Verbs of the table that are not always done, for HELP: when they are.
 DONE: Mapping[str, Callable[[Session], bool]] = {
     "EHLO": lambda session: not session.terms.lmtp,

@@ -1,13 +1,13 @@
 """The durable store of accepted mail: what connections and the queue see of it.
 
 In: messages with their drafts, and the marks of the queue. Out: STORED or Refused for each message, once the
-commit that holds it is on the disk, and jobs. At start it takes the lock, sets aside what it finds damaged and
-removes what nobody was told of; a spool that another worker left behind is opened in the same way. A damaged
-message is never delivered, in part or whole, and never deleted. One object has a directory for itself:
+commit that holds it is on the disk, and jobs. A spool that another worker left behind is opened in the same way. A
+damaged message is never delivered, in part or whole, and never deleted. One object has a directory for itself:
     spool.db (-wal, -shm)   the database        body/ID   bodies that are too large for it
     lock                    held while open     ballast   given up when the disk is full
 Not here: the commit and what its failure means (commit.py), SQL (store.py), body files (bodies.py), what is claimed
-next (scan.py), how much may be taken (room.py), what an operator asks and orders (administration.py).
+next (scan.py), how much may be taken (room.py), what is found broken at a start (recovery.py), what an operator asks
+and orders (administration.py).
 """
 
 from __future__ import annotations
@@ -25,23 +25,27 @@ import apsw
 
 from ._files import make_dirs
 from .administration import Administration
-from .bodies import Bodies, FileDraft, check_length, read_crc, remove_orphans
-from .commit import Entry, GroupCommit, refusal
-from .ids import Ids, is_id, key_of
+from .bodies import Bodies, FileDraft, check_length, read_crc
+from .commit import GroupCommit, refusal
+from .ids import Ids, key_of
 from .job import Draft, Job, Mark
 from .log import SET_ASIDE, SPOOL_OPENED, Log
 from .message import Message
 from .reader import Reader
 from .record import render_row
+from .recovery import Recovery
 from .room import Room
-from .salvage import is_sound, move_bodies, salvage
 from .scan import RETRY_SECONDS, Scan
 from .store import SpoolError, SpoolLockedError, Store
 from .thread import OneThread
 from .trouble import Trouble
 from .verdict import STORED, Refused, Stored
+from .waiting import Entry
 
 __all__ = ["Draft", "Job", "Mark", "Spool", "SpoolError", "SpoolLockedError"]
+
+# What the lock file says between an end in order and the next start, and behind that: of one length, for a full disk.
+CLOSED, IN_USE = b"closed\n", b"in use\n"
 
 
 class Spool:
@@ -95,14 +99,13 @@ class Spool:
         bodies = self._directory / "body"
         try:
             make_dirs(bodies)
-            self._take_lock()
+            was_closed = self._take_lock()
         except OSError as error:
             raise SpoolError(f"{error.filename or self._directory}: {error.strerror}") from error
         try:
             self._room.ballast.give_up()  # SQLite must not meet a full disk while it opens
-            damaged = self._open_store()
+            Recovery(self._directory, self._store, self._log, self._trouble, self._wall).open(was_closed)
             try:
-                self._recover_bodies(bodies, damaged)
                 self._reader.open()
                 self._ids = Ids(self._worker, self._store.newest(), self._wall)
                 backlog, broken = self._store.count()
@@ -139,9 +142,11 @@ class Spool:
             self._trouble.warn("close", str(error))
         await self._writer.close()
         await self._files.close()
+        self._note_end()
         self._release_lock()
 
-    def _take_lock(self) -> None:
+    def _take_lock(self) -> bool:
+        """Whether the last who had it has ended in order. That is no longer so when this returns, whatever happens."""
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self._lock = os.open(self._directory / "lock", flags, 0o600)
         try:
@@ -149,51 +154,27 @@ class Spool:
         except BlockingIOError:
             self._release_lock()
             raise SpoolLockedError(f"{self._directory}: another process has this spool") from None
+        if os.pread(self._lock, len(CLOSED), 0) != CLOSED:
+            return False
+        try:
+            os.pwrite(self._lock, IN_USE, 0)
+            os.fsync(self._lock)
+        except OSError:
+            self._release_lock()
+            raise
+        return True
+
+    def _note_end(self) -> None:
+        """The log is empty: what the next start finds in one is none of ours."""
+        try:
+            if not Path(f"{self._store.path}-wal").stat().st_size:
+                os.pwrite(self._lock, CLOSED, 0)
+        except OSError:
+            pass  # it is not certain then, and nothing more
 
     def _release_lock(self) -> None:
         lock, self._lock = self._lock, -1
         os.close(lock)
-
-    def _open_store(self) -> Path | None:
-        """Opens the database; where it is damaged, one that is made of what can be read of it. Then: where the old one
-        is. Raises SpoolError."""
-        try:
-            self._store.open(self._wall())
-            if is_sound(self._store):
-                return None
-            self._store.drop()
-        except SpoolError as error:
-            if not isinstance(error.__cause__, apsw.CorruptError):
-                raise
-        try:
-            damaged, lost = salvage(self._directory, self._wall())
-        except (apsw.Error, OSError) as error:
-            raise SpoolError(f"{self._store.path}: damaged, and nothing can be made of it: {error}") from error
-        for message_id, why in lost:
-            self._log.write(SET_ASIDE, message_id, why, str(damaged))
-        self._trouble.warn("damage", f"the database was damaged; it is in {damaged}, and what could be read was kept")
-        self._store.open(self._wall())
-        return damaged
-
-    def _recover_bodies(self, bodies: Path, damaged: Path | None) -> None:
-        """Sets messages aside whose files are not as they were kept; removes files that nobody was told of."""
-        known: set[str] = set()
-        aside: list[tuple[int, str, float]] = []
-        for key, message_id, size, was_aside in self._store.in_files():
-            known.add(message_id)
-            if was_aside:
-                continue
-            path = bodies / message_id
-            why = check_length(path, size) if is_id(message_id) else "its id is damaged"
-            if why:
-                aside.append((key, why, self._wall()))
-                self._log.write(SET_ASIDE, message_id, why, str(path))
-        self._store.set_aside(aside)
-        if damaged is not None:
-            move_bodies(bodies, damaged, known)
-        _, strange = remove_orphans(bodies, known)
-        if strange:
-            self._trouble.warn("body", f"{strange} entries are not of the spool; left alone")
 
     # --- for connections ---
 

@@ -20,6 +20,7 @@ from .config_inbound import Place, Postgresql, Sql, Sqlite
 from .sql_text import as_psycopg, names_in
 from .thread import OneThread
 
+ROWS = 10_000  # of an answer: more is a query without its condition
 RETRY = 1.0  # seconds after a failed connection in which the database counts as down
 
 Rows: TypeAlias = list[dict[str, object]]
@@ -157,6 +158,8 @@ class _SqliteLink:
         rows: Rows = []
         for row in (cursor := self._connection.execute(query, {name: values[name] for name in names_in(query)})):
             rows.append(dict(zip([column[0] for column in cursor.get_description()], row, strict=True)))
+            if len(rows) > ROWS:
+                raise _too_many()
         return rows
 
     async def close(self) -> None:
@@ -195,15 +198,21 @@ class _PostgresqlLink:
 
         try:
             cursor = await self._connection.execute(as_psycopg(query), values)
-            rows: Rows = await cursor.fetchall()
+            rows: Rows = await cursor.fetchmany(ROWS + 1)
         except (psycopg.Error, OSError) as error:
             if self._connection.closed or self._connection.broken:
                 raise _BrokenError(_one_line(error)) from None
             raise SqlError(_one_line(error)) from None
+        if len(rows) > ROWS:
+            raise _too_many()
         return rows
 
     async def close(self) -> None:
         await self._connection.close()
+
+
+def _too_many() -> SqlError:
+    return SqlError(f"the query finds more than {ROWS} rows")
 
 
 def missing_driver() -> str:

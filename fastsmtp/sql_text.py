@@ -24,6 +24,15 @@ def names_in(query: str) -> frozenset[str]:
     return frozenset(found["name"] for found in _TOKENS.finditer(query) if found["name"])
 
 
+_ALWAYS = re.compile(r"\s*SELECT\s+(?:NOT\s+)?(?:COUNT|EXISTS|MAX|MIN|SUM|BOOL_OR)\s*\(", re.IGNORECASE)
+_PERHAPS = re.compile(r"\b(?:GROUP\s+BY|HAVING)\b", re.IGNORECASE)
+
+
+def always_finds(query: str) -> bool:
+    """Whether a query has a row whatever it is asked, as `SELECT count(*) ...` has: the answer is in the row then."""
+    return _ALWAYS.match(query) is not None and _PERHAPS.search(query) is None
+
+
 @lru_cache(maxsize=256)
 def as_psycopg(query: str) -> str:
     """With `%(name)s` for `:name`, and every other `%` doubled."""

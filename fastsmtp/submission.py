@@ -1,6 +1,6 @@
 """What submission does to a message of a user, and who may stand in its header.
 
-In: the rules of a listener, the header section, who submits. Out: `Changes`: fields that go in front, ranges of the
+In: how a listener handles it, the header section, who submits. Out: `Changes`: fields that go in front, ranges of the
 header that are cut out; or the Reply that refuses. The sender's octets themselves stay as they are (long lines are
 another matter: rewrite.py). A header that two readers could take for two different ones is refused, not repaired, as
 the author that was checked must be the one that is shown: bare CR or LF, a line that is no field, From twice.
@@ -36,10 +36,10 @@ _ANY_BCC = re.compile(rb"(?:\A|[\r\n])(?:resent-)?bcc[ \t]*:", re.IGNORECASE)
 MOST_AUTHORS = 100  # of one From: each takes up to 0.3 ms to read
 
 
-class Rules(NamedTuple):
-    """`author`: what is done about a From that is not the user's: "refuse", "add_sender" or "off". `complete`: missing
-    fields are added and Bcc is taken out, where `remove_bcc`. `hide_client`: Received does not say where it came from.
-    `rewrite`: long lines are made quoted-printable.
+class Handling(NamedTuple):
+    """What a listener does. `author`: about a From that is not the user's: "refuse", "add_sender" or "off". `complete`:
+    missing fields are added and Bcc is taken out, where `remove_bcc`. `hide_client`: Received does not say where it
+    came from. `rewrite`: long lines are made quoted-printable.
     """
 
     author: Literal["refuse", "add_sender", "off"] = "refuse"
@@ -86,32 +86,32 @@ class Changes(NamedTuple):
     headless: bool = False
 
 
-def prepare(rules: Rules, octets: bytes, submitter: Submitter) -> Changes | Reply:
+def prepare(handling: Handling, octets: bytes, submitter: Submitter) -> Changes | Reply:
     """What is done to a message whose header section, with its empty line, is `octets`."""
     header = read_header(octets)
     rest = octets[header.end :]
-    ends_well = rest in (b"", b"\r\n") and (rules.complete or not header.start)
-    headless = rules.complete and not header.fields and not ends_well
-    if rules.author != "off" and not headless and not (ends_well and _is_plain(octets)):
+    ends_well = rest in (b"", b"\r\n") and (handling.complete or not header.start)
+    headless = handling.complete and not header.fields and not ends_well
+    if handling.author != "off" and not headless and not (ends_well and _is_plain(octets)):
         return R550_HEADER_MALFORMED
     fields: dict[str, list[Field]] = {}
     for field in header.fields:
         fields.setdefault(field.name, []).append(field)
-    if rules.complete and rules.remove_bcc:
+    if handling.complete and handling.remove_bcc:
         # One that cannot be cut would tell everybody who must not be told.
         found = sum(len(fields.get(name, ())) for name in BLIND)
         if len(_ANY_BCC.findall(octets)) != found:
             return R550_HEADER_MALFORMED
     cuts: list[tuple[int, int]] = []
     names_sender = False
-    if rules.author != "off":
-        verdict = _check_author(rules, fields, submitter)
+    if handling.author != "off":
+        verdict = _check_author(handling, fields, submitter)
         if isinstance(verdict, Reply):
             return verdict
         names_sender = verdict
     if names_sender:
         cuts += [field[1:3] for field in fields.pop("sender", [])]
-    added = _complete(rules, fields, cuts, header, submitter)
+    added = _complete(handling, fields, cuts, header, submitter)
     if names_sender:
         added = render_missing((), {"Sender": submitter.address.wire}) + added
     return Changes(added + b"\r\n" * headless, tuple(sorted(cuts)), headless)
@@ -129,14 +129,18 @@ def render_missing(there: Collection[str], fields: Mapping[str, str]) -> bytes:
 
 
 def _complete(
-    rules: Rules, fields: Mapping[str, list[Field]], cuts: list[tuple[int, int]], header: Header, submitter: Submitter
+    handling: Handling,
+    fields: Mapping[str, list[Field]],
+    cuts: list[tuple[int, int]],
+    header: Header,
+    submitter: Submitter,
 ) -> bytes:
     """What is missing (RFC 6409 8.1 to 8.3); what is to go is added to `cuts`."""
-    if not rules.complete:
+    if not handling.complete:
         return b""
     if header.start:
         cuts.append((0, header.start))
-    if rules.remove_bcc:
+    if handling.remove_bcc:
         cuts += [field[1:3] for name in BLIND for field in fields.get(name, ())]
     wanted = {
         "From": submitter.address.wire,
@@ -149,7 +153,7 @@ def _complete(
     return render_missing(fields, again | wanted)
 
 
-def _check_author(rules: Rules, fields: Mapping[str, list[Field]], submitter: Submitter) -> bool | Reply:
+def _check_author(handling: Handling, fields: Mapping[str, list[Field]], submitter: Submitter) -> bool | Reply:
     """Whether a Sender has to be added, in the place of one that there is; or the refusal."""
     if any(len(fields.get(name, ())) > 1 for name in ("from", "sender")):
         return R550_AUTHOR_UNCLEAR
@@ -166,7 +170,7 @@ def _check_author(rules: Rules, fields: Mapping[str, list[Field]], submitter: Su
     written_by_user = all(map(allows, authors))
     # RFC 5322 3.6.2, RFC 6854 2: whoever sends for several, or for a group without names, names himself.
     needs_sender = "from" in fields and len(authors) != 1
-    if rules.author == "add_sender":
+    if handling.author == "add_sender":
         plain = written_by_user and not needs_sender and "sender" not in fields
         return not (plain or sent_by_user or resenders)
     if not written_by_user:

@@ -13,19 +13,31 @@ PR_SET_PDEATHSIG, sd_notify(3).
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 from . import log as events
 from ._shared import Shared, die_with_parent
 from .certificates import Watch, files_of
-from .claim import StartError, bind, drop_privileges, find_account, prepare_lists, read_settings, take_data_dir
-from .config import Config
+from .claim import (
+    StartError,
+    begin_lists,
+    bind,
+    compile_lists,
+    drop_privileges,
+    find_account,
+    read_settings,
+    take_data_dir,
+)
+from .config import Config, Maildir
+from .folders import ask_as, find_closed
 from .holdings import Holdings, Source, start_runner, tell_service_manager
 from .log import Log, open_log
 from .metrics import Counter
@@ -34,6 +46,7 @@ from .seat import EXIT_CANNOT_START, Seat
 Worker = Callable[[Config, Seat], int]
 
 EXIT_BUG = 70  # EX_SOFTWARE: an exception came out of a worker
+PF_EXITING = 4  # of /proc/PID/stat
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -63,7 +76,8 @@ def run(
     source: Source | None = None,
     file: str = "",
 ) -> int:
-    """Serves until a signal to stop; 0: every worker ended well, 1: one did not, or had to be killed.
+    """Serves until a signal to stop; 0: every worker ended well, 1: one did not, or had to be killed. What killed a
+    worker before it was asked to end is logged, and is no matter of the end: its mail is in its spool.
 
     `announce` is called once, with the addresses bound, when every worker accepts. `worker` is called in each
     child and returns its exit code. `source` reads the configuration of `file` anew, checked, for a reload; without
@@ -74,7 +88,8 @@ def run(
         stack.callback(os.close, take_data_dir(config.data_dir, account))
         watch = Watch(path for files in files_of(config) for path in files)
         settings = read_settings(config)
-        prepare_lists(config, account)
+        compile_lists(begin_lists(config, account), wait=True)
+        _check_folders(config, account)
         # Before there are sockets and a log, so that it holds neither; it ends when the last worker has ended.
         runner = start_runner(config, account)
         if runner is not None:
@@ -95,6 +110,17 @@ def run(
             supervisor.stop(0)
             raise
         return supervisor.stop(signum)
+
+
+def _check_folders(config: Config, account: pwd.struct_passwd | None) -> None:
+    """Nothing is taken that could be delivered nowhere."""
+    if not any(isinstance(way, Maildir) for way in config.transport.values()):
+        return
+    try:
+        for place, wrong in ask_as(account, partial(find_closed, config)):
+            raise StartError(f"{'.'.join(map(str, place))}: {wrong}")
+    except OSError as error:
+        raise StartError(str(error.strerror)) from None
 
 
 class _Place:
@@ -130,6 +156,7 @@ class _Supervisor:
         self._mask = mask
         self._log = log
         self._shared = Shared(workers, len(Counter))
+        holdings.lists.on_kept = lambda: self._shared.add(0, Counter.LIST_KEPT, 1)
         self._places = [_Place(index) for index in range(workers)]
         self._alive, self._alive_end = os.pipe()
         self._serving = False
@@ -175,6 +202,7 @@ class _Supervisor:
         tell_service_manager("STOPPING=1")
         if signum:
             self._log.write(events.STOP, signal.Signals(signum).name)
+        killed_before = [place for place in self._places if place.pid and _is_ending(place.pid)]
         for place in self._places:
             if place.pid:
                 os.kill(place.pid, signal.SIGTERM)
@@ -193,7 +221,7 @@ class _Supervisor:
                     continue
                 # Without a handler yet, it had promised nothing yet.
                 if status != 0 and not (status == -signal.SIGTERM and not place.ready):
-                    code = 1
+                    code = code if place in killed_before else 1
                     self._log.write(
                         events.WORKER_DIED, place.index, place.pid, _explain(status), self._bury(place), None
                     )
@@ -383,6 +411,18 @@ def _take_status(pid: int) -> int | None:
     """A child's exit code, negative for a signal; None while it runs, or if there is none."""
     found, status = os.waitpid(pid, os.WNOHANG) if pid else (0, 0)
     return os.waitstatus_to_exitcode(status) if found else None
+
+
+def _is_ending(pid: int) -> bool:
+    """Whether a child has ended, or was killed and is about to: its memory is given back before it can be waited for.
+    proc(5): state, flags and pending signals of its first thread."""
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii", errors="replace") as file:
+            facts = file.read().rpartition(")")[2].split()
+    except OSError:
+        return False
+    state, flags, pending = facts[0], int(facts[6]), int(facts[28])
+    return state in "ZX" or bool(flags & PF_EXITING or pending & 1 << signal.SIGKILL - 1)
 
 
 def _take_byte(fd: int) -> bool:

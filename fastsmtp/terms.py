@@ -14,7 +14,7 @@ from typing import Literal
 
 from .extensions import Offer, offered
 from .reply import Reply, named
-from .submission import Rules
+from .submission import Handling
 from .verdict import Client, Stage
 
 
@@ -32,8 +32,8 @@ class Terms:
 
     __slots__ = (
         "any_octets", "ask_connect", "ask_expn", "ask_helo", "ask_mail", "ask_rcpt", "ask_vrfy", "auth_clear",
-        "bare_bdat", "bare_data", "brackets", "ehlo", "errors", "greeting", "helo", "hops", "hostname", "keeps_tls",
-        "lmtp", "mechanisms", "message_size", "next_id", "now", "odmr", "recipients", "reports", "room", "rules",
+        "bare_bdat", "bare_data", "brackets", "ehlo", "errors", "greeting", "handling", "helo", "hops", "hostname",
+        "keeps_tls", "lmtp", "mechanisms", "message_size", "next_id", "now", "odmr", "recipients", "reports", "room",
         "soft", "submission", "tls", "useless", "waivable",
     )  # fmt: skip
 
@@ -51,7 +51,7 @@ class Terms:
         keeps_tls: Literal["nobody", "strangers", "all"] = "nobody",
         soft: bool = False,
         waivable: bool = False,
-        rules: Rules | None = None,
+        handling: Handling | None = None,
         tls: bool = False,
         mechanisms: frozenset[str] = frozenset(),
         auth_clear: bool = False,
@@ -82,7 +82,7 @@ class Terms:
         self.keeps_tls = keeps_tls
         self.soft = soft
         self.waivable = waivable
-        self.rules = rules  # for messages of users
+        self.handling = handling  # for messages of users
         self.tls = tls  # STARTTLS can be done
         self.mechanisms = mechanisms
         self.auth_clear = auth_clear

@@ -9,7 +9,7 @@ Not here: the order of commands, and what they are answered (session.py). RFC 53
 from __future__ import annotations
 
 from ._parser import BodyEnd
-from .message import Envelope, Recipient, trace
+from .message import LIST, Envelope, Recipient, trace
 from .reply import (
     R452_TOO_MANY_RECIPIENTS,
     R550_HOP_NEEDS_ASCII,
@@ -67,13 +67,16 @@ class Transaction:
 
     def add_members(self, asked: Recipient, members: tuple[Member, ...]) -> Reply | None:
         """What an alias stands for. Its members have the sender's wishes for reports, those of a list have none: it has
-        an owner who is told (RFC 3461 5.2.7). LMTP's answer at the end is that of the first who has a mailbox."""
+        an owner who is told, and a sender who wants to know of success hears that the list has it (RFC 3461 5.2.7).
+        LMTP's answer at the end is that of the first who has a mailbox."""
         if len(self.envelope.recipients) + len(members) > EXPANDED_LIMIT:
             return R452_TOO_MANY_RECIPIENTS
         first = len(self.accepted)
+        by_list = False
         for member in sorted(members, key=lambda member: bool(member.fault)):
             recipient = Recipient(member.address, asked.notify, asked.orcpt, member.fault)
             if member.sender is not None:
+                by_list = True
                 recipient.notify = recipient.orcpt = ""
                 # What has no sender gets none (RFC 5321 4.5.5): its reports would come back to the list.
                 recipient.sender = member.sender if self.envelope.reverse_path else None
@@ -81,7 +84,15 @@ class Transaction:
                 self.note(recipient, member.hop)
             self.add(recipient)
         del self.accepted[first + 1 :]
+        if by_list and self.envelope.reverse_path and "SUCCESS" in asked.notify:
+            self._note_list(Recipient(asked.address, "SUCCESS", asked.orcpt, LIST))
         return None
+
+    def _note_list(self, noted: Recipient) -> None:
+        """Not among those that are `seen`: a list may have a mailbox of its name."""
+        mailbox = noted.address.mailbox
+        if not any(each.fault == LIST and each.address.mailbox == mailbox for each in self.envelope.recipients):
+            self.envelope.recipients.append(noted)
 
     def loops(self, header: bytes, most: int, lmtp: bool) -> bool:
         """Whether a message comes back to us, by its trace fields: `most` hosts may have had it. A recipient that has
@@ -92,7 +103,7 @@ class Transaction:
         envelope = self.envelope
         foreign = self.foreign or []
         for recipient in envelope.recipients:
-            if recipient.address.mailbox in been_at and recipient not in foreign:
+            if recipient.address.mailbox in been_at and recipient not in foreign and recipient.fault != LIST:
                 recipient.fault = R554_LOOP.text
         sound = [recipient for recipient in envelope.recipients if not recipient.fault]
         if sound and lmtp:

@@ -3,34 +3,34 @@
 In: arguments, a configuration; a password from a prompt that does not show it, or one line of standard input when that
 is no terminal, never from the command line, where everybody on the machine could read it. Out: text for people, or JSON
 for programs; exit code 0, 1 (it could not be done, or the password is wrong) or 2 (wrong arguments). Errors are a line
-each. It does not matter whether the server runs: it sees the change at the next login. A password is kept as argon2id,
-and as SCRAM keys where they are wanted. RFC 4013 (what of a password is compared).
+each. It does not matter whether the server runs: it sees the change at the next login, other senders at the next
+message. A password is kept as argon2id, and as SCRAM keys where they are wanted. RFC 4013 (what is compared).
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import os
 import pwd
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NoReturn, ParamSpec
+from typing import ParamSpec
 
 import click
 
-from .config import Config, ConfigError, load
-from .credentials import canonical
+from .auth import PASSWORD_LIMIT
+from .command_line import JSON_OPTION, config_option, end, member
+from .config import Config, load
+from .credentials import UnavailableError, canonical
 from .credentials.directory import Record
-from .credentials.file import UsersError, change_users, read_users, render_line
+from .credentials.file import UsersError, change_users, parse_line, read_users, render_line
 from .credentials.hashes import hash_password, verify
 from .credentials.scram import make_keys
 from .credentials.senders import parse_sender, parse_senders
-from .queue_command import CONFIG_VARIABLE
+from .rights import Rights
 from .saslprep import saslprep
 
-PASSWORD_LIMIT = 1024  # octets
+SENDER = "ADDRESS|@DOMAIN"
 
 P = ParamSpec("P")
 
@@ -40,30 +40,7 @@ def user() -> None:
     """Keep the users file: who may log in, and what they may send as."""
 
 
-def _command(function: Callable[P, None]) -> Callable[P, None]:
-    """A command of the group, with the option that all have; what cannot be done is one line and exit code 1."""
-
-    @functools.wraps(function)
-    def run(*arguments: P.args, **options: P.kwargs) -> None:
-        try:
-            function(*arguments, **options)
-            sys.stdout.flush()
-        except ConfigError as error:
-            _end(*map(str, error.errors))
-        except UsersError as error:
-            _end(f"fastsmtp: {error}")
-        except BrokenPipeError:  # who reads has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-    run = click.option(
-        "--config",
-        "file",
-        type=click.Path(path_type=Path),
-        required=True,
-        envvar=CONFIG_VARIABLE,
-        help=f"The server's configuration (also: {CONFIG_VARIABLE}).",
-    )(run)
-    return user.command(name=function.__name__.strip("_"))(run)
+_command = member(user, UsersError, config_option(required=True))
 
 
 def _writing(function: Callable[P, None]) -> Callable[P, None]:
@@ -74,7 +51,7 @@ def _writing(function: Callable[P, None]) -> Callable[P, None]:
             "--sender",
             "senders",
             multiple=True,
-            metavar="ADDRESS|@DOMAIN",
+            metavar=SENDER,
             help='What the user may send as, besides the own address; "*" is everything. May be repeated.',
         ),
     ):
@@ -82,15 +59,9 @@ def _writing(function: Callable[P, None]) -> Callable[P, None]:
     return function
 
 
-def _end(*lines: str) -> NoReturn:
-    for line in lines:
-        click.echo(line, err=True)
-    sys.exit(1)
-
-
 def _users_file(config: Config) -> Path:
     if config.auth.users_file is None:
-        _end("fastsmtp: auth.users_file is not set in the configuration")
+        end("fastsmtp: auth.users_file is not set in the configuration")
     return config.auth.users_file
 
 
@@ -105,11 +76,16 @@ def _name(text: str) -> str:
     return name
 
 
-def _senders(words: tuple[str, ...]) -> str:
+def _words(words: tuple[str, ...], option: str = "--sender") -> list[str]:
     try:
-        return ",".join(dict.fromkeys(map(parse_sender, words)))
+        return list(dict.fromkeys(map(parse_sender, words)))
     except ValueError as error:
-        raise click.UsageError(f"--sender: {error}.") from None
+        raise click.UsageError(f"{option}: {error}.") from None
+
+
+def _shown(rights: Rights) -> list[str]:
+    """As they are written."""
+    return sorted(rights.addresses) + [domain if domain == "*" else f"@{domain}" for domain in sorted(rights.domains)]
 
 
 def _ask_password(twice: bool) -> str:
@@ -118,15 +94,15 @@ def _ask_password(twice: bool) -> str:
     else:
         line = sys.stdin.buffer.readline(PASSWORD_LIMIT + 2).rstrip(b"\r\n")
         if len(line) > PASSWORD_LIMIT:
-            _end(f"fastsmtp: a password has at most {PASSWORD_LIMIT} octets")
+            end(f"fastsmtp: a password has at most {PASSWORD_LIMIT} octets")
         try:
             text = line.decode()
         except UnicodeDecodeError:
-            _end("fastsmtp: the password is not UTF-8")
+            end("fastsmtp: the password is not UTF-8")
     try:
         return saslprep(text)
     except ValueError as error:
-        _end(f"fastsmtp: the password {error}")
+        end(f"fastsmtp: the password {error}")
 
 
 def _owner(config: Config) -> int:
@@ -134,7 +110,7 @@ def _owner(config: Config) -> int:
     try:
         return pwd.getpwnam(config.user).pw_uid if config.user else -1
     except KeyError:
-        _end(f"fastsmtp: user: there is no user {config.user!r} on this machine")
+        end(f"fastsmtp: user: there is no user {config.user!r} on this machine")
 
 
 def _make_record(name: str, password: str, scram: bool, config: Config) -> Record:
@@ -144,6 +120,17 @@ def _make_record(name: str, password: str, scram: bool, config: Config) -> Recor
 
 def _unknown(name: str) -> UsersError:
     return UsersError(f"there is no user {name}")
+
+
+def _columns(present: Mapping[str, str], name: str) -> list[str]:
+    """Of the user's line, which somebody may have edited."""
+    if name not in present:
+        raise _unknown(name)
+    try:
+        parse_line(present[name], "")
+    except ValueError as error:
+        raise UsersError(f"user {name}: {error}") from None
+    return present[name].split(":")
 
 
 @_command
@@ -156,7 +143,7 @@ def _add(file: Path, name: str, senders: tuple[str, ...], scram: bool | None) ->
     the file than argon2; --no-scram leaves them out, and SCRAM is then offered to nobody.
     """
     config = load(file)
-    path, name, words = _users_file(config), _name(name), _senders(senders)
+    path, name, words = _users_file(config), _name(name), ",".join(_words(senders))
 
     def check(present: Mapping[str, str]) -> None:
         if name in present:
@@ -182,19 +169,64 @@ def _passwd(file: Path, name: str, senders: tuple[str, ...], scram: bool | None)
     What the user may send as stays as it is, unless --sender says it anew.
     """
     config = load(file)
-    path, name, words = _users_file(config), _name(name), _senders(senders)
+    path, name, words = _users_file(config), _name(name), ",".join(_words(senders))
     if name not in read_users(path):
         raise _unknown(name)
     password = _ask_password(twice=True)
 
     def change(present: Mapping[str, str]) -> Mapping[str, str | None]:
-        if name not in present:
-            raise _unknown(name)
-        columns = present[name].split(":")
+        columns = _columns(present, name)
         keeps = bool(columns[2]) if scram is None else scram
         return {name: render_line(_make_record(name, password, keeps, config), words or columns[3])}
 
     change_users(path, change)
+
+
+@_command
+@click.argument("name")
+@click.option("--sender", "new", multiple=True, metavar=SENDER, help="This in the place of all; may be repeated.")
+@click.option("--add", multiple=True, metavar=SENDER, help="This too; may be repeated.")
+@click.option("--remove", multiple=True, metavar=SENDER, help="This no more; may be repeated.")
+@click.option("--none", is_flag=True, help="Nothing but the own address.")
+@JSON_OPTION
+def _senders(
+    file: Path,
+    name: str,
+    new: tuple[str, ...],
+    add: tuple[str, ...],
+    remove: tuple[str, ...],
+    none: bool,
+    as_json: bool,
+) -> None:
+    """Show what a user may send as, each in a line; with options, change it first.
+
+    A running server sees it at the user's next message. The own address stays, and the password too.
+    """
+    if (bool(new) + none + bool(add or remove)) > 1:
+        raise click.UsageError("--sender, --none, and --add or --remove say different things: one of them at a time.")
+    config = load(file)
+    path, name = _users_file(config), _name(name)
+    fresh, more, less = _words(new), _words(add, "--add"), _words(remove, "--remove")
+
+    def change(present: Mapping[str, str]) -> Mapping[str, str | None]:
+        columns = _columns(present, name)
+        words = [parse_sender(word) for each in columns[3].split(",") if (word := each.strip())]
+        for word in less:
+            if word not in words:
+                raise UsersError(f"{word} is not among what user {name} was given")
+        changed = fresh if new or none else [word for word in dict.fromkeys([*words, *more]) if word not in less]
+        return {name: ":".join([*columns[:3], ",".join(changed)])}
+
+    if new or none or add or remove:
+        change_users(path, change)
+    record = read_users(path, config.auth.domain or "").get(name)
+    if record is None:
+        raise _unknown(name)
+    senders = _shown(record.rights)
+    if as_json:
+        click.echo(json.dumps({"name": name, "senders": senders}, ensure_ascii=False))
+    else:
+        click.echo("\n".join(senders), nl=bool(senders))
 
 
 @_command
@@ -218,9 +250,7 @@ def _list(file: Path, as_json: bool) -> None:
     config = load(file)
     records = read_users(_users_file(config), config.auth.domain or "")
     for record in sorted(records.values(), key=lambda record: record.name):
-        senders = sorted(record.rights.addresses) + [
-            domain if domain == "*" else f"@{domain}" for domain in sorted(record.rights.domains)
-        ]
+        senders = _shown(record.rights)
         if as_json:
             shown = {"name": record.name, "scram": record.keys is not None, "senders": senders}
             click.echo(json.dumps(shown, ensure_ascii=False))
@@ -230,7 +260,7 @@ def _list(file: Path, as_json: bool) -> None:
 
 @_command
 @click.argument("name")
-@click.option("--json", "as_json", is_flag=True, help="Answer in JSON.")
+@JSON_OPTION
 def _check(file: Path, name: str, as_json: bool) -> None:
     """Say whether a password, asked for or in the first line of standard input, is the user's: exit code 0, or 1."""
     config = load(file)
@@ -238,7 +268,10 @@ def _check(file: Path, name: str, as_json: bool) -> None:
     record = read_users(path).get(name)
     if record is None:
         raise _unknown(name)
-    right = bool(record.password) and verify(record.password, _ask_password(twice=False))
+    try:
+        right = bool(record.password) and verify(record.password, _ask_password(twice=False))
+    except UnavailableError as error:
+        raise UsersError(str(error)) from None
     if as_json:
         click.echo(json.dumps({"name": name, "ok": right}))
     else:

@@ -3,7 +3,8 @@
 In: N wrong guesses (10,000) from 50 addresses of this machine, half of them for a user that there is; meanwhile users
 log in at the same listener and send. Out: the users' p99 of a whole session while it is guessed, against that of a
 quiet server, and how the guesses were answered. Guesses leave at a fixed rate, as long as the server takes them.
-Always: each guess has had an answer, each session of a user has kept its message; else there are no figures. The
+Always: each guess has had an answer, each session of a user has kept its message; else there are no figures. Who
+guesses is a process of its own, so that users are not kept waiting by it but by the server; both share its cores. The
 listener takes passwords in clear: what TLS costs is measured elsewhere. On failure: one line, exit code 1.
 """
 
@@ -174,22 +175,31 @@ async def send_for(load: Load, seconds: float) -> list[float]:
     return await _together(load, until)
 
 
-async def send_and_guess(load: Load) -> list[float]:
-    """Users, while all guesses are made."""
-    until = asyncio.Event()
+async def guess_all(load: Load, addresses: int) -> None:
+    """From all addresses at once, until none is left."""
+    async with asyncio.TaskGroup() as group:
+        for number in range(addresses * CONNECTIONS):
+            group.create_task(load.guess(f"127.0.1.{number % addresses + 1}", number))
 
-    async def guess() -> None:
+
+async def send_beside(port: int, guesses: int) -> tuple[list[float], Counter[int]]:
+    """Users, while a process of its own makes the guesses; what that was answered."""
+    until = asyncio.Event()
+    command = [sys.executable, "-m", "loadtest.guess", GUESS, str(port), str(guesses), str(ADDRESSES)]
+    root = Path(__file__).parents[1]
+    process = await asyncio.create_subprocess_exec(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root)
+
+    async def wait() -> Counter[int]:
         try:
-            async with asyncio.TaskGroup() as group:
-                for number in range(ADDRESSES * CONNECTIONS):
-                    group.create_task(load.guess(f"127.0.1.{number % ADDRESSES + 1}", number))
+            said, wrong = await process.communicate()
         finally:
             until.set()
+        if process.returncode:
+            raise LoadError(f"who guesses has ended: {(wrong.decode().strip() or 'without a word').splitlines()[-1]}")
+        return Counter({int(code): count for code, count in json.loads(said).items()})
 
-    guessing = asyncio.create_task(guess())
-    sent = await _together(load, until)
-    await guessing
-    return sent
+    sent, codes = await asyncio.gather(_together(Load(port, 0), until), wait())
+    return sent, codes
 
 
 async def _together(load: Load, until: asyncio.Event) -> list[float]:
@@ -205,19 +215,18 @@ def guesses(bench: Bench) -> list[Row]:
     row = Row("guesses", [])
     for number in range(1, bench.rounds + 1):
         with bench.room() as folder, submission_server(folder) as server:
-            load = Load(server.port, bench.count(GUESSES))
-            asked = load.left
+            asked = bench.count(GUESSES)
             try:
-                quiet = asyncio.run(send_for(load, QUIET_SECONDS))
+                quiet = asyncio.run(send_for(Load(server.port, 0), QUIET_SECONDS))
                 started = time.monotonic()
-                busy = asyncio.run(send_and_guess(load))
-            except* (OSError, TimeoutError, LoadError) as errors:
-                raise LoadError(f"guesses: {errors.exceptions[0]}") from None
+                busy, codes = asyncio.run(send_beside(server.port, asked))
+            except (OSError, TimeoutError) as error:
+                raise LoadError(f"guesses: {error}") from None
             seconds = time.monotonic() - started
-        if load.codes.total() != asked:
-            raise LoadError(f"{asked} guesses were made, {load.codes.total()} answered")
+        if codes.total() != asked:
+            raise LoadError(f"{asked} guesses were made, {codes.total()} answered")
         row.values.append(p99(busy) / p99(quiet))
-        answers = ", ".join(f"{count:,} × {code}" for code, count in sorted(load.codes.items()))
+        answers = ", ".join(f"{count:,} × {code}" for code, count in sorted(codes.items()))
         row.notes.append(
             f"round {number}: {p99(quiet):.1f} ms quiet ({len(quiet):,} sessions), {p99(busy):.1f} ms while guessed at "
             f"({len(busy):,}); {asked:,} guesses in {seconds:.1f} s: {answers}"
@@ -227,6 +236,22 @@ def guesses(bench: Bench) -> list[Row]:
 
 
 MEASUREMENTS: Measurements = {"guesses": guesses}
+GUESS = "--guess"
+
+
+def _guess(port: str, count: str, addresses: str) -> int:
+    """What the process that guesses does."""
+    load = Load(int(port), int(count))
+    wrong: BaseException | None = None
+    try:
+        asyncio.run(guess_all(load, int(addresses)))
+    except* (OSError, TimeoutError, LoadError) as errors:
+        wrong = errors.exceptions[0]
+    print(json.dumps(load.codes) if wrong is None else wrong, file=sys.stdout if wrong is None else sys.stderr)
+    return int(wrong is not None)
+
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == [GUESS]:
+        sys.exit(_guess(*sys.argv[2:5]))
     sys.exit(main(sys.argv[1:], "loadtest.guess", "Guesses passwords while users send.", MEASUREMENTS))

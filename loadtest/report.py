@@ -55,6 +55,7 @@ GOALS = {
     "flat-descriptors": Goal("descriptors open after them, beyond those at first", 4, 0, "descriptors"),
     "refused": Goal("a good client's session beside 10,000 refused connections a second, p99", 3, 1.5, "× quiet"),
     "access": Goal("a message more with long lists and all limits, CPU", 5, 3, "µs"),
+    "access-connection": Goal("the same, a connection for each message", 5, 3, "µs"),
     "guesses": Goal("a user's session while 10,000 passwords are guessed, p99", 2, 1.3, "× quiet"),
     "handshake": Goal("a connection with a full TLS 1.3 handshake, ECDSA P-256, CPU", 1.15, 1.05, S_SERVER),
     "resumed": Goal("the same, resumed", 1.4, 1.2, S_SERVER),

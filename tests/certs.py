@@ -31,18 +31,19 @@ class Files(NamedTuple):
 
 
 class Authority:
-    """`ca` is its own certificate, as a file."""
+    """`ca` is its own certificate, as a file; it is signed by `above`, or by itself."""
 
-    def __init__(self, folder: Path, name: str = "Test CA") -> None:
+    def __init__(self, folder: Path, name: str = "Test CA", above: Authority | None = None) -> None:
         self.folder = folder
         self._key = ec.generate_private_key(ec.SECP256R1())
         self._name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        made = self._builder(self._name, self._key.public_key()).add_extension(
+        signer = above or self
+        made = signer._builder(self._name, self._key.public_key()).add_extension(
             x509.BasicConstraints(ca=True, path_length=None), critical=True
         )
         made = made.add_extension(_usage(signs=True), critical=True)
         self.ca = folder / f"{name.replace(' ', '-').lower()}.pem"
-        self.ca.write_bytes(made.sign(self._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
+        self.ca.write_bytes(made.sign(signer._key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM))
 
     def issue(
         self,
@@ -53,11 +54,13 @@ class Authority:
         mail: str = "",
         digest: hashes.HashAlgorithm | None = None,
         crl: str = "",
+        days: float = 90,
     ) -> Files:
-        """`file`.pem and `file`.key for these names; `mail`: for a client with that address."""
+        """`file`.pem and `file`.key for these names; `mail`: for a client with that address. `days` from now on it is
+        valid, and it was yesterday."""
         key: Key = KEYS[kind]()
         subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)] if common_name else [])
-        made = self._builder(subject, key.public_key())
+        made = self._builder(subject, key.public_key(), days)
         other: list[x509.GeneralName] = [x509.DNSName(name) for name in names]
         if mail:
             other.append(x509.RFC822Name(mail))
@@ -88,7 +91,7 @@ class Authority:
             context.load_cert_chain(*own)
         return context
 
-    def _builder(self, subject: x509.Name, key: object) -> x509.CertificateBuilder:
+    def _builder(self, subject: x509.Name, key: object, days: float = 90) -> x509.CertificateBuilder:
         now = datetime.datetime.now(datetime.UTC)
         return (
             x509.CertificateBuilder()
@@ -97,7 +100,7 @@ class Authority:
             .public_key(key)  # type: ignore[arg-type]
             .serial_number(x509.random_serial_number())
             .not_valid_before(now - datetime.timedelta(days=1))
-            .not_valid_after(now + datetime.timedelta(days=90))
+            .not_valid_after(now + datetime.timedelta(days=days))
             .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key()), critical=False)
         )
 

@@ -20,7 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from needs import SYSTEM_PATH, needs, needs_root, public_folder
-from servers import free_port
+
+from loadtest.processes import free_port
 
 START = 60.0  # seconds for what takes a tenth of one
 DOMAIN = "dovecot.test"

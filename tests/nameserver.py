@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import random
 import signal
 import socket
 import subprocess
@@ -25,6 +24,8 @@ import dns.message
 import dns.rcode
 import dns.rrset
 from needs import SYSTEM_PATH, needs
+
+from loadtest.processes import free_port
 
 START = 60.0  # seconds for what takes a tenth of one
 
@@ -51,19 +52,6 @@ server:
 remote-control:
   control-enable: no
 """
-
-
-def free_port() -> int:
-    """One that neither UDP nor TCP uses, and the kernel gives to no client."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as stream, socket.socket(type=socket.SOCK_DGRAM) as datagrams:
-            try:
-                stream.bind(("127.0.0.1", port))
-                datagrams.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 @contextmanager

@@ -27,6 +27,7 @@ PACKAGES = {
     "nft": "nftables",
     "smtp-sink": "postfix",
     "smtp-source": "postfix",
+    "systemd-analyze": "systemd",
     "testssl": "testssl.sh",
     "xfs_io": "xfsprogs",
 }

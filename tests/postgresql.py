@@ -22,7 +22,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from needs import SYSTEM_PATH, lacks, public_folder
-from servers import free_port
+
+from loadtest.processes import free_port
 
 START = 60.0  # seconds for what takes one
 

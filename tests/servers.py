@@ -11,10 +11,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -65,18 +63,6 @@ path = {json.dumps(f"{folder}/mail/{{domain}}/{{local}}")}
 
 {tables}
 """
-
-
-def free_port() -> int:
-    """One that the kernel gives to no client, so that it is still free when the server starts again."""
-    while True:
-        port = random.randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
 
 
 class Server:

@@ -12,26 +12,25 @@ import os
 import pty
 import re
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from documents import Document, install, serve
 from nameserver import nameserver
 from needs import SYSTEM_PATH, needs, needs_root, public_folder
-from servers import ROOT, Server
+from servers import Server
 
 from loadtest.sink_server import SinkProcess
 
-TEXT = (ROOT / "docs/submission.md").read_text()
-BLOCK = re.compile(r"^```(?P<language>[a-z]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCUMENT = Document("submission.md")
+MAIN = DOCUMENT.sections["The server"][0].text
 HOST = "mail.example.org"
 CONFIG = "/etc/fastsmtp/fastsmtp.toml"
 PASSWORD = "correct horse"
@@ -39,18 +38,6 @@ ZONE = """\
 partner IN MX 10 mx.partner
 mx.partner IN A {sink}
 """
-
-
-class Block(NamedTuple):
-    language: str
-    text: str
-
-
-def sections() -> dict[str, list[Block]]:
-    """The blocks of the document by the heading above them."""
-    parts = re.split(r"^##+ (.*)$", TEXT, flags=re.MULTILINE)
-    found = zip(parts[1::2], parts[2::2], strict=True)
-    return {title: [Block(*match.groups()) for match in BLOCK.finditer(text)] for title, text in found}
 
 
 def addresses() -> list[str]:
@@ -107,17 +94,11 @@ class Site:
         self.authority, self.certificate, self.key = make_chain(folder, HOST, self.ip)
         self.server = Server(folder, "")
         self.partner = folder / "partner"  # where a stranger's messages are
-        (folder / "bin").mkdir()
+        install(folder)
+        (folder / "bin" / "systemctl").write_text("#!/bin/sh\n")
+        (folder / "bin" / "systemctl").chmod(0o755)
         (folder / "mail").mkdir()
         (folder / "mail").chmod(0o777)
-        for name, body in {
-            "fastsmtp": f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-            "from fastsmtp.cli import main\nmain()\n",
-            "systemctl": "#!/bin/sh\n",
-        }.items():
-            program = folder / "bin" / name
-            program.write_text(body)
-            program.chmod(0o755)
 
     def replace(self, text: str) -> str:
         """What stands in the document, for this machine."""
@@ -147,12 +128,7 @@ class Site:
         return text
 
     def serve(self, configuration: str) -> None:
-        """Serves with it, and with the name server of the test."""
-        tables = f'\n[dns]\nservers = ["{self.dns}"]\nallow_loopback = true\n'
-        if self.server.lines():
-            assert self.server.stop() == 0, self.server.story("it does not stop")
-        self.server.configuration = self.replace(configuration) + tables
-        self.server.start()
+        serve(self.server, self.replace(configuration), self.dns)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -221,11 +197,10 @@ def site(*users: Sequence[str]) -> Iterator[Site]:
         stack.callback(found.server.kill)
         options = ["--keep", str(found.partner), "--answer", "data 554 5.5.1 By BDAT only"]
         stack.enter_context(SinkProcess(*options, address=f"{ips[3]}:25"))
-        configuration = sections()["The server"][0].text
-        (folder / "fastsmtp.toml").write_text(found.replace(configuration))
+        (folder / "fastsmtp.toml").write_text(found.replace(MAIN))
         for name, *options in users:
             found.add_user(name, *options)
         if users:
-            found.serve(configuration)
+            found.serve(MAIN)
         yield found
         found.server.check_bugs()

@@ -1,7 +1,7 @@
 """docs/access.md, tried as a new user would: its configuration serves, its commands are run, what they print is true.
 
 Each section is a test, in the order of the document, with one server for all of them: PostgreSQL knows the mailboxes of
-one domain, Dovecot those of another. What stands in blocks is run as in test_delivery_docs.py; what differs from the
+one domain, Dovecot those of another. What differs from the
 document stands in `Site.replace`, and nowhere else.
 """
 
@@ -10,25 +10,18 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from documents import Document, Section, commands, install, pattern
 from dovecot import DOMAIN, Dovecot, dovecot
 from needs import SYSTEM_PATH, needs, needs_root, public_folder
 from postgresql import Postgresql, postgresql
 from servers import ROOT, Server, mailbox
-from test_delivery_docs import BLOCK, Block, pattern
 
-TEXT = (ROOT / "docs/access.md").read_text()
-TESTS: set[str] = set()
-
-
-def sections() -> dict[str, list[Block]]:
-    parts = re.split(r"^##+ (.*)$", TEXT, flags=re.MULTILINE)
-    found = zip(parts[1::2], parts[2::2], strict=True)
-    return {title: [Block(*match.groups()) for match in BLOCK.finditer(text)] for title, text in found}
+DOCUMENT = Document("access.md")
 
 
 class Site:
@@ -40,13 +33,7 @@ class Site:
         self.sql = sql
         self.server = Server(folder, "")
         self.toml = ""
-        (folder / "bin").mkdir()
-        program = folder / "bin" / "fastsmtp"
-        program.write_text(
-            f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-            "from fastsmtp.cli import main\nmain()\n"
-        )
-        program.chmod(0o755)
+        install(folder)
 
     def replace(self, text: str) -> str:
         """What stands in the document, for this machine."""
@@ -66,7 +53,7 @@ class Site:
             "/run/dovecot/lmtp": str(self.mailboxes.socket),
             "postgresql://mail@db.example:5432/mail": self.sql.url.replace(":secret", ""),
             "FROM mailbox": "FROM access_docs.mailbox",
-            'user     = "fastsmtp"': "workers = 2",
+            'user       = "fastsmtp"': "workers = 2",
             '"0.0.0.0:25"': '"127.0.0.1:0"',
         }
         for old, new in replaced.items():
@@ -80,12 +67,11 @@ class Site:
 
     def run(self, console: str) -> None:
         """Runs commands, each of which must print what stands below it."""
-        for part in re.split(r"^(?=[$#] )", console, flags=re.MULTILINE)[1:]:
-            command, _, expected = part.partition("\n")
+        for command, expected in commands(console):
             if " serve " in command:
                 continue
             done = subprocess.run(
-                ["sh", "-c", self.replace(command[2:])],
+                ["sh", "-c", self.replace(command)],
                 cwd=self.folder, env={"PATH": f"{self.folder}/bin:{SYSTEM_PATH}"}, stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60, check=False,
             )  # fmt: skip
@@ -113,37 +99,22 @@ def site() -> Iterator[Site]:
         site.server.check_bugs()
 
 
-def tries(title: str) -> Callable[[Callable[[Site, list[Block]], None]], Callable[[Site], None]]:
-    """The test of a section: it must take all its blocks."""
-
-    def decorate(test: Callable[[Site, list[Block]], None]) -> Callable[[Site], None]:
-        def run(site: Site) -> None:
-            blocks = sections()[title]
-            test(site, blocks)
-            assert blocks == [], "not tried"
-
-        TESTS.add(title)
-        return run
-
-    return decorate
-
-
-@tries("The server")
-def test_the_server(site: Site, blocks: list[Block]) -> None:
-    site.add(blocks.pop(0).text)
-    (site.folder / "mailboxes").write_text(blocks.pop(0).text)
-    (site.folder / "aliases").write_text(blocks.pop(0).text)
+@DOCUMENT.tries("The server")
+def test_the_server(site: Site, section: Section) -> None:
+    site.add(section.take("toml"))
+    (site.folder / "mailboxes").write_text(section.take(""))
+    (site.folder / "aliases").write_text(section.take(""))
     password = site.folder / "sql.password"
     password.write_text("secret\n")
     password.chmod(0o600)
-    site.run(blocks.pop(0).text)
+    site.run(section.take("console"))
     site.server.configuration = site.toml
     site.server.start()
 
 
-@tries("Who gets mail")
-def test_who_gets_mail(site: Site, blocks: list[Block]) -> None:
-    site.run(blocks.pop(0).text)
+@DOCUMENT.tries("Who gets mail")
+def test_who_gets_mail(site: Site, section: Section) -> None:
+    site.run(section.take("console"))
     site.server.wait_mail(2)
     site.server.wait(lambda: site.mailboxes.mails("ann"), "the message in Dovecot")
     assert [len(mailbox(site.server.mail, *box)) for box in (("file.example", "ann"), ("sql.example", "eve"))] == [1, 1]
@@ -151,28 +122,32 @@ def test_who_gets_mail(site: Site, blocks: list[Block]) -> None:
     assert sorted(reasons) == ["relaying-denied", *["unknown-mailbox"] * 3]
 
 
-@tries("Why was this refused?")
-def test_why_was_this_refused(site: Site, blocks: list[Block]) -> None:
-    site.run(blocks.pop(0).text)
+@DOCUMENT.tries("Why was this refused?")
+def test_why_was_this_refused(site: Site, section: Section) -> None:
+    site.run(section.take("console"))
 
 
-@tries("Rules")
-def test_rules(site: Site, blocks: list[Block]) -> None:
-    (site.folder / "blocked").write_text(blocks.pop(1).text)
-    site.add(blocks.pop(0).text)
-    site.run(blocks.pop(0).text)
+@DOCUMENT.tries("Rules")
+def test_rules(site: Site, section: Section) -> None:
+    site.add(section.take("toml"))
+    (site.folder / "blocked").write_text(section.take(""))
+    site.run(section.take("console"))
     assert site.server.wait_for("refused", reason="rule-forged")
 
 
-@tries("Limits")
-def test_limits(site: Site, blocks: list[Block]) -> None:
-    site.add(blocks.pop(0).text)
-    site.run(blocks.pop(0).text)
+@DOCUMENT.tries("Limits")
+def test_limits(site: Site, section: Section) -> None:
+    site.add(section.take("toml"))
+    (site.folder / "exceptions").write_text(section.take(""))
+    site.run(section.take("console"))
+    told = f"fastsmtp check --config {site.folder}/fastsmtp.toml --as client="
+    site.run(f"$ {told}192.0.2.9\nlimits    192.0.2.9 free of limits\n...\n")
+    site.run(f"$ {told}203.0.113.9\nlimits    203.0.113.9 not asked: only a running server counts\n...\n")
 
 
-@tries("When something changes")
-def test_when_something_changes(site: Site, blocks: list[Block]) -> None:
-    site.run(blocks.pop(0).text)
+@DOCUMENT.tries("When something changes")
+def test_when_something_changes(site: Site, section: Section) -> None:
+    site.run(section.take("console"))
     command = [
         sys.executable, "-m", "fastsmtp", "check", "--config", f"{site.folder}/fastsmtp.toml", "--as",
         "client=203.0.113.9 from= to=carol@file.example",
@@ -182,5 +157,5 @@ def test_when_something_changes(site: Site, blocks: list[Block]) -> None:
     assert site.server.stop() == 0
 
 
-def test_every_section_with_a_block_is_tried() -> None:
-    assert {title for title, blocks in sections().items() if blocks} == TESTS
+def test_every_block_is_tried() -> None:
+    DOCUMENT.check_all_tried()

@@ -122,6 +122,20 @@ def test_what_is_only_a_loop_at_run_time_ends(domains: Domains, tmp_path: Path) 
     assert expand(aliases, "a@own.test") == ["a@own.test (unknown mailbox)", "eve@own.test"]
 
 
+def test_what_names_the_same_again_and_again_ends_too(domains: Domains, tmp_path: Path) -> None:
+    """Of two tables, each of them small enough: a million steps to one mailbox would hold up a worker for seconds."""
+    here = domains.find("own.test")
+    assert here is not None
+    (tmp_path / "2").mkdir()
+    here.aliases = compiled(tmp_path / "2", "aliases", "bomb: " + ", ".join(f"n{n}@any.test" for n in range(100)))
+    again = ", ".join(["eve@own.test"] * 100)
+    inner = "\n".join(f"n{n}@any.test: {again}" for n in range(100))
+    aliases = Aliases(domains, compiled(tmp_path, "aliases", inner), 1000)
+    with pytest.raises(ExpansionError, match="steps"):
+        aliases.expand(parse_address("bomb@own.test"))
+    assert expand(Aliases(domains, compiled(tmp_path, "aliases", inner), 1020), "bomb@own.test") == ["eve@own.test"]
+
+
 def test_the_postmaster_may_be_an_alias(domains: Domains, tmp_path: Path) -> None:
     aliases = Aliases(domains, compiled(tmp_path, "aliases", "boss: ann, bob\nabuse: postmaster\n"), 100)
     for address in ("postmaster@any.test", "abuse@here.test", "boss@here.test"):

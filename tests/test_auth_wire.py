@@ -6,7 +6,7 @@ import asyncio
 import smtplib
 from base64 import b64decode, b64encode
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tls_users import Papers, papers, serve, trusting
 from users import ScramClient, Users, b64, plain
-from wire import Bench, bench
+from wire import Bench, Player, bench
 
 from fastsmtp import auth
+from fastsmtp.config_inbound import Inbound
 from fastsmtp.metrics import Counter
 from fastsmtp.policy.limits import Limits
 from fastsmtp.service import Times
@@ -29,6 +30,13 @@ SECRET = "Correct-Horse"
 ENCODED = b64encode(SECRET.encode()).decode().rstrip("=")
 
 
+def greeted(made: Bench) -> Player:
+    """A client that has said EHLO."""
+    player = made.connect()
+    player.say("EHLO c")
+    return player
+
+
 def raw_log(made: Bench) -> str:
     return "\n".join(map(str, made.log))
 
@@ -38,8 +46,7 @@ def raw_log(made: Bench) -> str:
 
 def test_a_failure_is_told_and_counted() -> None:
     with bench(users=Users(), auth_clear=True) as made:
-        player = made.connect()
-        player.say("EHLO c")
+        player = greeted(made)
         assert player.say(f"AUTH PLAIN {plain('Eve' * 30, SECRET)}") == ["535 5.7.8 Authentication credentials invalid"]
         player.say("AUTH LOGIN")
         player.say("*")
@@ -59,39 +66,32 @@ def test_a_failure_is_told_and_counted() -> None:
         assert made.logged("session")[0]["user"] is None
 
 
-class Failures:
-    """Limits that count failures, and nothing else."""
-
-    def __init__(self) -> None:
-        self.counted = 0
-
-    def admit(self, ip: str) -> None:
-        return None
-
-    def leave(self, ip: str) -> None:
-        pass
-
-    def fail(self, client: Client) -> None:
-        self.counted += 1
-
-
 @pytest.mark.parametrize(("role", "expected"), [("submission", 0), ("mx", 3)])
 def test_a_guess_where_users_send_turns_no_office_away(role: str, expected: int) -> None:
     """Behind its address are many; what a password may cost there is counted where passwords are."""
     with bench(role, users=Users(), auth_clear=True) as made:
-        failures = Failures()
-        made.service.limits = cast("Limits", failures)
-        player = made.connect()
-        player.say("EHLO c")
+        service = made.service
+        section = Inbound.model_validate({"failures": "100/d"})
+        limits = Limits(
+            section, lambda _: False, hostname="mx.here.test", log=service.log, shared=service.shared, worker=0
+        )
+        service.limits = limits
+
+        def failures() -> int:
+            keys = limits.counted(Client("192.0.2.7", 25252, ""))
+            assert keys is not None
+            free = range(100, 0, -1)
+            return 100 - next(n for n in free if not service.shared.owes(keys.failures, 864.0, 100.0, limits.now(), n))
+
+        player = greeted(made)
         for _ in range(2):
             player.say(f"AUTH PLAIN {plain('ann', SECRET)}")
         player.say("AUTH PLAIN")
         assert player.say(plain("ann", SECRET))[0].startswith("421 ")
-        assert failures.counted == expected
-        player = made.connect()
-        player.say("EHLO c")
+        assert failures() == expected
+        player = greeted(made)
         player.say("JUNK")
-        assert failures.counted == expected + 1
+        assert failures() == expected + 1
 
 
 def test_a_user_is_named_with_the_message_and_the_session() -> None:
@@ -113,8 +113,7 @@ def test_no_secret_gets_into_the_log() -> None:
     with bench(users=users, auth_clear=True, early_refused=False, errors=1000, bugs=2) as made:
 
         def play(*lines: str) -> None:
-            player = made.connect()
-            player.say("EHLO c")
+            player = greeted(made)
             for line in lines:
                 player.say(line)
             player.vanish()
@@ -168,8 +167,7 @@ def test_a_verdict_that_waits() -> None:
     users, gate = Users(), Gate()
     users.later = gate
     with bench(users=users, auth_clear=True, early_refused=False) as made:
-        player = made.connect()
-        player.say("EHLO c")
+        player = greeted(made)
         assert player.say(f"AUTH PLAIN {plain('ann', 'secret')}", "MAIL FROM:<a@b.test>", "RCPT TO:<u@else.test>") == []
         made.run()
         assert player.say("NOOP") == []
@@ -184,8 +182,7 @@ def test_a_client_that_does_not_wait_for_the_verdict(password: str) -> None:
     users, gate = Users(), Gate()
     users.later = gate
     with bench(users=users, auth_clear=True) as made:
-        player = made.connect()
-        player.say("EHLO c")
+        player = greeted(made)
         player.say(f"AUTH PLAIN {plain('ann', password)}")
         player.vanish()
         gate.open.set()
@@ -200,8 +197,7 @@ def test_a_client_that_ends_its_side_is_answered() -> None:
     users, gate = Users(), Gate()
     users.later = gate
     with bench(users=users, auth_clear=True) as made:
-        player = made.connect()
-        player.say("EHLO c")
+        player = greeted(made)
         player.say(f"AUTH PLAIN {plain('ann', 'secret')}")
         player.end()
         gate.open.set()
@@ -239,8 +235,7 @@ def test_a_check_that_fails_is_454(what: str) -> None:
 
         users.later = fail
     with bench(users=users, auth_clear=True, patience=0.02, bugs=1) as made:
-        player = made.connect()
-        player.say("EHLO c")
+        player = greeted(made)
         said = player.say(f"AUTH PLAIN {plain('ann', 'secret')}")
         made.run(0.05)
         assert (said + player.say())[0].startswith("454 4.7.0 ")
@@ -255,16 +250,14 @@ def test_what_cannot_be_asked_is_not_asked_for_ever() -> None:
     users = Users()
     users.fault = OSError("down")
     with bench(users=users, auth_clear=True, useless=5, bugs=5) as made:
-        player = made.connect()
-        player.say("EHLO c")
+        player = greeted(made)
         said = [player.say(f"AUTH PLAIN {plain('ann', 'secret')}")[0][:3] for _ in range(6)]
         assert said == ["454"] * 5 + ["421"]
 
 
 def test_a_response_has_the_time_of_a_command() -> None:
     with bench(users=Users(), auth_clear=True, times=Times(command=10)) as made:
-        player = made.connect()
-        player.say("EHLO c")
+        player = greeted(made)
         player.say("AUTH LOGIN")
         player.connection.check(1000.0)
         player.connection.check(1009.0)
@@ -275,8 +268,7 @@ def test_a_response_has_the_time_of_a_command() -> None:
 
 def test_an_exchange_does_not_hold_up_the_end() -> None:
     with bench(users=Users(), auth_clear=True) as made:
-        player = made.connect()
-        player.say("EHLO c")
+        player = greeted(made)
         player.say("AUTH LOGIN")
         made.service.drain()
         assert player.take().startswith(b"421 4.3.2 ")
@@ -286,8 +278,7 @@ def test_a_verdict_that_comes_when_the_server_ends() -> None:
     users, gate = Users(), Gate()
     users.later = gate
     with bench(users=users, auth_clear=True) as made:
-        player = made.connect()
-        player.say("EHLO c")
+        player = greeted(made)
         player.say(f"AUTH PLAIN {plain('ann', 'secret')}")
         made.service.drain()
         assert player.take() == b""
@@ -334,8 +325,7 @@ def test_one_reply_for_each_line_however_it_is_cut(lines: list[str], cuts: list[
 
 def test_scram_on_a_connection() -> None:
     with bench(users=Users(), auth_clear=True) as made:
-        player = made.connect()
-        player.say("EHLO c")
+        player = greeted(made)
         client = ScramClient("bob@here.test", "pencil")
         (first,) = player.say(f"AUTH SCRAM-SHA-256 {b64(client.first())}")
 

@@ -576,7 +576,7 @@ ADDRESS = 'expected "host:port", "[IPv6]:port" (ports 0 to 65535) or "unix:/path
 LOGIN = '[transport.x]\ntype = "smtp"\nsmarthost = "h:587"\nuser = "me"\npassword_file = "p"\n'
 UNVERIFIED = "a password goes over a verified connection only"
 CUSTOMER = '[[customer]]\nnetworks = ["192.0.2.1"]\ndomains = ["a.example"]\n'
-NETWORK = 'expected a network such as "192.0.2.0/24" or "2001:db8::/32", with no bit set behind its length'
+NETWORK = 'expected a network such as "192.0.2.0/24" or "2001:db8::/32", without bits beyond its length'
 ONE_ERROR = {
     "unknown key": ("\nworker = 3", '2: worker: unknown key; did you mean "workers"?'),
     "unknown table": ("[limit]", '1: limit: unknown key; did you mean "limits"?'),
@@ -618,6 +618,12 @@ ONE_ERROR = {
         '[sql.x]\ndatabase = "d"\n[transport.x]\ntype = "discard"\n[[domain]]\nname = "a.example"\ntransport = "x"\n'
         'recipients = {sql = "x", query = "SELECT 1"}',
         "8: domain[0].recipients: expected a query that asks for :local and :domain, or for :address, found a table",
+    ),
+    "a query that knows everyone": (
+        '[sql.x]\ndatabase = "d"\n[transport.x]\ntype = "discard"\n[[domain]]\nname = "a.example"\ntransport = "x"\n'
+        'recipients = {sql = "x", query = "SELECT COUNT(*) FROM t WHERE a = :address"}',
+        "8: domain[0].recipients: expected a query that finds no row for who is unknown: COUNT and EXISTS always have "
+        "one, found a table",
     ),
     "recipients of a transport without a server": (
         '[transport.x]\ntype = "discard"\n[[domain]]\nname = "a.example"\ntransport = "x"\nrecipients = {ask = "x"}',

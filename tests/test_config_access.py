@@ -50,6 +50,10 @@ BOXES = '[transport.x]\ntype = "discard"\n'
         (HERE + 'catch_all = "a"\n' + BOXES, "5: domain[0].catch_all: expected an address such as"),
         (HERE + 'detail = "++"\n' + BOXES, '5: domain[0].detail: expected one of "+"'),
         (HERE + 'detail = "@"\n' + BOXES, '5: domain[0].detail: expected one of "+"'),
+        (
+            '[inbound]\nexceptions = {path = "x"}\n',
+            '2: inbound.exceptions: expected {file = "PATH"}, found a table',
+        ),
         ("[alias]\nmembers = 0\n", "2: alias.members: expected at least 1, found 0"),
         (
             HERE.replace('["ann"]', '{path = "x"}') + BOXES,
@@ -73,6 +77,7 @@ def test_lists_that_are_named() -> None:
         + '[alias]\nfile = "aliases"\n'
         + '[[rule]]\naction = "refuse"\nclient = {file = "nets"}\nhelo = {file = "names"}\nsender = ["a@b"]\n'
         + '[[rule]]\naction = "refuse"\nsender = {file = "bad"}\nrecipient = {file = "bad"}\n'
+        + '[inbound]\nexceptions = {file = "free"}\n'
     )
     conf = Path("/srv/conf")
     assert config.domain[0].recipients == InFile(conf / "boxes")
@@ -81,6 +86,7 @@ def test_lists_that_are_named() -> None:
         ListFile("aliases", conf / "own"),
         ListFile("mailboxes-case", Path("/boxes")),
         ListFile("aliases", conf / "aliases"),
+        ListFile("networks", conf / "free"),
         ListFile("networks", conf / "nets"),
         ListFile("names", conf / "names"),
         ListFile("addresses", conf / "bad"),

@@ -555,9 +555,12 @@ def test_canonical(name: str, expected: str) -> None:
 def test_own_rights() -> None:
     assert own_rights("ann@x.test", "y.test").addresses == {"ann@x.test"}
     assert own_rights("ann", "y.test").addresses == {"ann@y.test"}
+    # Who issues tokens may know both, and they are not the same.
+    assert own_rights('"ann"', "y.test").addresses == {'"ann"@y.test'}
     assert not own_rights("ann", "").addresses
     assert not own_rights("postmaster", "").addresses
-    assert not own_rights("not an address", "y.test").addresses
+    assert own_rights("two words", "y.test").addresses == {"two words@y.test"}
+    assert not own_rights("no address\n", "y.test").addresses
 
 
 def test_memory_is_bounded_and_holds_no_secret() -> None:

@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from argon2.exceptions import VerificationError
 from authority import Bench, client, settled
 
 from fastsmtp.credentials import Account, Answer, Asked, BusyError, Denied, UnavailableError
+from fastsmtp.credentials import hashes as hashes_module
 from fastsmtp.credentials.directory import Directory, Record
 from fastsmtp.credentials.file import (
     HEADER,
@@ -514,20 +516,72 @@ def test_so_many_wait_for_a_hash_and_no_more(monkeypatch: pytest.MonkeyPatch) ->
     asyncio.run(test())
 
 
-def test_hashes_step_back_behind_the_loop(monkeypatch: pytest.MonkeyPatch) -> None:
-    def niceness(stored: str, password: str) -> bool:
-        return os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) >= NICENESS
+def policy() -> int:
+    return os.sched_getscheduler(threading.get_native_id())
 
-    monkeypatch.setattr("fastsmtp.credentials.hashes.verify", niceness)
-    before = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+@pytest.mark.parametrize("returns", [True, False])
+def test_hashes_step_back_behind_the_loop(monkeypatch: pytest.MonkeyPatch, returns: bool) -> None:
+    """Who may not get out of SCHED_IDLE again never gets into it."""
+    if returns and not hashes_module._may_return():
+        pytest.skip("neither root nor RLIMIT_NICE")
+    seen: list[tuple[int, int]] = []
+
+    def look(stored: str = "", password: str = "") -> bool:
+        seen.append((policy(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())))
+        return True
+
+    monkeypatch.setattr(hashes_module, "verify", look)
+    monkeypatch.setattr(hashes_module, "_may_return", lambda: returns)
+    before = policy(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
     async def test() -> None:
         hashes = Hashes()
         assert await hashes.verify(HASH, "x")
+        hashes._threads.submit(look).result()
         hashes.close()
 
     asyncio.run(test())
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == before
+    during, after = seen
+    assert during[0] == (os.SCHED_IDLE if returns else os.SCHED_OTHER)
+    assert after[0] == os.SCHED_OTHER
+    assert min(during[1], after[1]) >= NICENESS
+    assert (policy(), os.getpriority(os.PRIO_PROCESS, threading.get_native_id())) == before
+
+
+def test_a_hash_does_not_wait_for_ever_for_idle_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not hashes_module._may_return():
+        pytest.skip("neither root nor RLIMIT_NICE")
+
+    def wait(stored: str, password: str) -> bool:
+        assert policy() == os.SCHED_IDLE
+        end = time.monotonic() + 20.0
+        while policy() == os.SCHED_IDLE and time.monotonic() < end:
+            time.sleep(0.01)
+        return policy() == os.SCHED_OTHER
+
+    monkeypatch.setattr(hashes_module, "verify", wait)
+    monkeypatch.setattr(hashes_module, "HURRY", 0.05)
+
+    async def test() -> None:
+        hashes = Hashes()
+        assert await hashes.verify(HASH, "x")
+        await asyncio.sleep(0.1)
+        assert not hashes._looking
+        assert await hashes.verify(HASH, "x")  # and is looked at anew
+        hashes.close()
+
+    asyncio.run(test())
+
+
+def test_a_machine_without_memory_is_no_wrong_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Short:
+        def verify(self, stored: str, password: str) -> bool:
+            raise VerificationError("Memory allocation error")
+
+    monkeypatch.setattr(hashes_module, "_HASHER", Short())
+    with pytest.raises(UnavailableError, match="argon2: Memory allocation error"):
+        verify(HASH, "right")
 
 
 def test_being_busy_is_no_trouble(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

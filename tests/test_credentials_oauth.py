@@ -20,8 +20,8 @@ import h11
 import jwt
 import pytest
 from authority import Bench, client
-from cryptography.hazmat.primitives import serialization
-from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519, padding, rsa
 from sending import make_certificate
 
 from fastsmtp._shared import Shared
@@ -174,6 +174,12 @@ WANTED = {"issuer": "https://i.test", "audience": "mail", "scope": "smtp"}
         ({"exp": float("nan")}, "", INVALID),
         ({"nbf": float("nan")}, "", INVALID),
         ({"nbf": True}, "", INVALID),
+        ({"exp": float("inf")}, "", INVALID),
+        ({"exp": 10**400}, "", INVALID),
+        ({"exp": -(10**400)}, "", INVALID),
+        ({"nbf": float("-inf")}, "", INVALID),
+        ({"nbf": -(10**400)}, "", INVALID),
+        ({"nbf": -1}, "", "ann@x.test"),
     ],
 )
 def test_what_a_token_claims(certificate: Path, changed: Mapping[str, Any], said: str, expected: str | Denied) -> None:
@@ -415,6 +421,62 @@ def test_tokens_that_are_not_good(tmp_path: Path, certificate: Path) -> None:
         sign(RSA, "RS256", nbf=now + 30),
     )
     assert all(isinstance(answer, Account) for answer in slack)
+
+
+def say(header: str | Mapping[str, Any], payload: str = "") -> str:
+    """A token of that very text, with a good signature."""
+    text = header if isinstance(header, str) else json.dumps(header)
+    parts = [base64.urlsafe_b64encode(part.encode()).rstrip(b"=") for part in (text, payload)]
+    signature = RSA.sign(b".".join(parts), padding.PKCS1v15(), hashes.SHA256())
+    return b".".join([*parts, base64.urlsafe_b64encode(signature).rstrip(b"=")]).decode()
+
+
+def test_tokens_that_are_written_to_break_something(tmp_path: Path, certificate: Path) -> None:
+    """Each is answered as any other that is not good, also where the library lets something pass."""
+    head = {"alg": "RS256", "kid": "r"}
+    text = json.dumps(claims(exp=7))
+    deep = "[" * 6000
+    bad = {
+        "a deep header": say(deep),
+        "a header that is deep within": say('{"alg":' + deep),
+        "a number without an end": say('{"alg":"RS256","kid":"r","x":' + "9" * 5000 + "}"),
+        "half a character as name": say('{"alg":"RS256","kid":"\\ud800"}', json.dumps(claims())),
+        "a name of a file": say({**head, "kid": "../keys"}, json.dumps(claims())),
+        "an extension that must be understood": say({**head, "crit": ["x"], "x": 1}, json.dumps(claims())),
+        "a payload that is not encoded": say({**head, "crit": ["b64"], "b64": False}, json.dumps(claims())),
+        "a deep payload": say(head, deep),
+        "no end": say(head, text.replace("7", "Infinity")),
+        "no number": say(head, text.replace("7", "NaN")),
+        "a great number": say(head, text.replace("7", "1e999")),
+        "a greater number": say(head, text.replace("7", "1" + "0" * 400)),
+        "an end as text": say(head, text.replace("7", '"9999999999"')),
+        "long before all time": say(head, json.dumps({**claims(), "nbf": -(10**400)})),
+    }
+    one = signed(tmp_path / "keys", certificate)
+    assert {name for name, token in bad.items() if judge(one, token) != [INVALID]} == set()
+    assert isinstance(judge(one, say(head, json.dumps(claims())))[0], Account)
+
+
+def test_a_critical_extension_is_refused_here_too(tmp_path: Path, certificate: Path) -> None:
+    """Of some versions of the library it is passed over."""
+    header = {"alg": "RS256", "kid": "r", "crit": ["x"], "x": 1}
+    one = signed(tmp_path / "keys", certificate)
+    token = say(header, json.dumps(claims()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jwt, "get_unverified_header", lambda _: header)
+        patch.setattr(jwt, "decode", lambda *_, **__: claims())
+        assert judge(one, token) == [INVALID]
+        del header["crit"]
+        assert isinstance(judge(one, token)[0], Account)
+        for trouble in (RecursionError, OverflowError):
+            patch.setattr(jwt, "decode", lambda *_, trouble=trouble, **__: raises(trouble))
+            assert judge(one, token) == [INVALID]
+        patch.setattr(jwt, "get_unverified_header", lambda _: raises(RecursionError))
+        assert judge(one, token) == [INVALID]
+
+
+def raises(error: type[Exception]) -> None:
+    raise error
 
 
 def test_one_key_needs_no_name(tmp_path: Path, certificate: Path) -> None:

@@ -12,14 +12,13 @@ import email
 import email.policy
 import re
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from email.message import EmailMessage
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
+from documents import ID, Document, Section, commands, install, pattern, serve
 from dovecot import DOMAIN, Dovecot, dovecot
 from nameserver import nameserver
 from needs import SYSTEM_PATH, needs, needs_root, public_folder
@@ -33,8 +32,8 @@ from fastsmtp import log as logs
 from fastsmtp.config import parse
 from loadtest.sink_server import SinkProcess
 
-TEXT = (ROOT / "docs/delivery.md").read_text()
-BLOCK = re.compile(r"^```(?P<language>[a-z]*)\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL)
+DOCUMENT = Document("delivery.md")
+MAIN = DOCUMENT.sections["The server"][0].text
 ZONE = """\
 partner IN MX 10 mx.partner
 mx.partner IN A 127.0.0.2
@@ -45,38 +44,6 @@ smtp.provider IN A 127.0.0.1
 STRANGER = "127.0.0.9"
 PROVIDER = "smtp.provider.example"
 CONFIG = "/etc/fastsmtp/fastsmtp.toml"
-ID = r"\b[0-9a-v]{20}\b"
-TESTS: set[str] = set()  # sections whose blocks are run
-
-
-class Block(NamedTuple):
-    language: str
-    text: str
-
-
-def sections() -> dict[str, list[Block]]:
-    """The blocks by the heading above them."""
-    parts = re.split(r"^##+ (.*)$", TEXT, flags=re.MULTILINE)
-    found = zip(parts[1::2], parts[2::2], strict=True)
-    return {title: [Block(*match.groups()) for match in BLOCK.finditer(text)] for title, text in found}
-
-
-MAIN = sections()["The server"][0].text
-
-
-class Section:
-    """The blocks of a section, in their order; all of them must have been taken in the end."""
-
-    def __init__(self, title: str) -> None:
-        self._blocks = sections()[title]
-
-    def take(self, language: str) -> str:
-        block = self._blocks.pop(0)
-        assert block.language == language, block
-        return block.text
-
-    def end(self) -> None:
-        assert self._blocks == [], "not tried"
 
 
 class Site:
@@ -89,13 +56,7 @@ class Site:
         self.server = Server(folder, "")
         self.provider = 587  # its port
         self.id = ""  # of the message that is spoken of
-        (folder / "bin").mkdir()
-        program = folder / "bin" / "fastsmtp"
-        program.write_text(
-            f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(ROOT)!r})\n"
-            "from fastsmtp.cli import main\nmain()\n"
-        )
-        program.chmod(0o755)
+        install(folder)
 
     def replace(self, text: str, stranger: bool = False) -> str:
         """What stands in the document, for this machine."""
@@ -127,19 +88,13 @@ class Site:
         return text
 
     def serve(self, configuration: str) -> None:
-        """Serves with it, and with the name servers of the test."""
-        tables = f'\n[dns]\nservers = ["{self.dns}"]\nallow_loopback = true\n'
-        if self.server.lines():
-            assert self.server.stop() == 0, self.server.story("it does not stop")
-        self.server.configuration = self.replace(configuration) + tables
-        self.server.start()
+        serve(self.server, self.replace(configuration), self.dns)
 
     def run(self, console: str, stranger: bool = False) -> None:
         """Runs commands, each of which must print what stands below it."""
-        for part in re.split(r"^(?=[$#] )", console, flags=re.MULTILINE)[1:]:
-            command, _, expected = part.partition("\n")
+        for command, expected in commands(console):
             done = subprocess.run(
-                ["sh", "-c", re.sub(ID, self.id, self.replace(command[2:], stranger))],
+                ["sh", "-c", re.sub(ID, self.id, self.replace(command, stranger))],
                 cwd=self.folder, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT, text=True, timeout=60, check=False,
             )  # fmt: skip
@@ -153,31 +108,6 @@ class Site:
             "FASTSMTP_CONFIG": f"{self.folder}/fastsmtp.toml",
             "TZ": "UTC",
         }
-
-
-# What may be another than in the document, and what it looks like then
-LOOSE = {
-    "id": ID,
-    "time": r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{4}",
-    "date": r"\w{3}, \d\d? \w{3} \d{4} \d\d:\d\d:\d\d [+-]\d{4}",
-    "span": r"\b\d+[smhd](?:\d+[mh])?\b",
-    "octets": r"\d+(?=  from | octets)",
-    "seconds": r"\b\d{10}(?:\.\d+)?",
-    "blanks": r" +",
-}
-_LOOSE = re.compile("|".join(f"(?P<{name}>{shape})" for name, shape in LOOSE.items()))
-
-
-def pattern(expected: str) -> str:
-    """A regular expression for what a command prints."""
-    lines = []
-    for line in expected.splitlines():
-        made, at = "", 0
-        for match in _LOOSE.finditer(line):
-            made += re.escape(line[at : match.start()]) + LOOSE[str(match.lastgroup)]
-            at = match.end()
-        lines.append(r"(?:.*\n)*?" if line == "..." else made + re.escape(line[at:]) + r"\n")
-    return "".join(lines).replace(re.escape("..."), ".*")
 
 
 @pytest.fixture(scope="module")
@@ -200,22 +130,7 @@ def site() -> Iterator[Site]:
         site.server.check_bugs()
 
 
-def tries(title: str) -> Callable[[Callable[[Site, Section], None]], Callable[[Site], None]]:
-    """The test of a section: it must take all its blocks."""
-
-    def decorate(test: Callable[[Site, Section], None]) -> Callable[[Site], None]:
-        def run(site: Site) -> None:
-            section = Section(title)
-            test(site, section)
-            section.end()
-
-        TESTS.add(title)
-        return run
-
-    return decorate
-
-
-@tries("The server")
+@DOCUMENT.tries("The server")
 def test_the_server(site: Site, section: Section) -> None:
     assert section.take("toml") == MAIN
     config = site.folder / "dovecot.conf"
@@ -231,14 +146,14 @@ def test_the_server(site: Site, section: Section) -> None:
     assert start["hostname"] == f"mx1.{DOMAIN}"
 
 
-@tries("The first message")
+@DOCUMENT.tries("The first message")
 def test_the_first_message(site: Site, section: Section) -> None:
     site.run(section.take("console"), stranger=True)
     site.server.wait(lambda: site.mailboxes.mails("ann"), "the message in Dovecot")
     assert len(site.server.wait_for("refused", 2)) == 2
 
 
-@tries("What fails late")
+@DOCUMENT.tries("What fails late")
 def test_what_fails_late(site: Site, section: Section) -> None:
     before = len(site.mailboxes.mails("ann"))
     site.run(section.take("console"))
@@ -256,7 +171,7 @@ def test_what_fails_late(site: Site, section: Section) -> None:
     assert header.get_content_type() == "text/rfc822-headers"
 
 
-@tries("Mail to the Internet")
+@DOCUMENT.tries("Mail to the Internet")
 def test_mail_to_the_internet(site: Site, section: Section) -> None:
     certificate = site.folder / "mx.partner.example.pem"
     options = ["--tls", "starttls", "--certificate", str(certificate)]
@@ -289,13 +204,13 @@ def test_mail_to_the_internet(site: Site, section: Section) -> None:
     site.serve(MAIN)
 
 
-@tries("Mail that waits")
+@DOCUMENT.tries("Mail that waits")
 def test_what_are_said_to_be_the_defaults_are_they(site: Site, section: Section) -> None:
     text = MAIN + section.take("toml")
     assert parse(text, Path("/"), "f").queue == parse(MAIN, Path("/"), "f").queue
 
 
-@tries("In the night")
+@DOCUMENT.tries("In the night")
 def test_in_the_night(site: Site, section: Section) -> None:
     octets = b"Subject: minutes\r\nFrom: Ann <ann@dovecot.test>\r\n\r\nHi\r\n"
     first = send(site, "dan@down.example", octets)
@@ -312,7 +227,7 @@ def test_in_the_night(site: Site, section: Section) -> None:
     assert partner.counts["messages"] == 1
 
 
-@tries("Mail from this machine")
+@DOCUMENT.tries("Mail from this machine")
 def test_mail_from_this_machine(site: Site, section: Section) -> None:
     before = len(site.mailboxes.mails("ann"))
     site.run(section.take("console"))
@@ -323,7 +238,7 @@ def test_mail_from_this_machine(site: Site, section: Section) -> None:
     assert (site.folder / "data/spool").stat().st_mode & 0o077 == 0
 
 
-@tries("Mail for a program")
+@DOCUMENT.tries("Mail for a program")
 def test_mail_for_a_program(site: Site, section: Section) -> None:
     tickets = site.folder / "tickets"
     tickets.mkdir()
@@ -337,7 +252,7 @@ def test_mail_for_a_program(site: Site, section: Section) -> None:
     assert (tickets / "door_7").read_bytes().endswith(b"\n\nHi\n")
 
 
-@tries("Mail that is fetched")
+@DOCUMENT.tries("Mail that is fetched")
 def test_mail_that_is_fetched(site: Site, section: Section) -> None:
     site.serve(MAIN + section.take("toml"))
     message_id = send(site, "dan@customer.example")
@@ -363,16 +278,14 @@ def send(site: Site, recipient: str, octets: bytes = b"Subject: x\r\n\r\nHi\r\n"
 
 
 def test_every_block_is_tried() -> None:
-    with_blocks = {title for title, blocks in sections().items() if blocks}
-    assert with_blocks == TESTS
-    assert len(BLOCK.findall(TEXT)) == sum(map(len, sections().values()))
+    DOCUMENT.check_all_tried()
 
 
-@pytest.mark.parametrize("event", re.findall(r"^\| `([a-z-]+)` \|", TEXT, re.MULTILINE))
+@pytest.mark.parametrize("event", re.findall(r"^\| `([a-z-]+)` \|", DOCUMENT.text, re.MULTILINE))
 def test_the_events_are_logged(event: str) -> None:
     assert event in {each.name for each in vars(logs).values() if isinstance(each, logs.Event)}
 
 
-@pytest.mark.parametrize("link", re.findall(r"\]\(([^)]+)\)", TEXT))
+@pytest.mark.parametrize("link", re.findall(r"\]\(([^)]+)\)", DOCUMENT.text))
 def test_the_links_lead_somewhere(link: str) -> None:
     assert (ROOT / "docs" / link).is_file()

@@ -17,7 +17,7 @@ from fastsmtp.connection import Connection
 from fastsmtp.policy.senders import Senders
 from fastsmtp.reply import R250_QUEUE_RUN, R450_ATRN_REFUSED, R453_NO_MAIL, R459_NODE_REFUSED, Reply
 from fastsmtp.rights import Rights
-from fastsmtp.submission import Rules
+from fastsmtp.submission import Handling
 from fastsmtp.verdict import STORED, Ask, NextHop, Refused, Stage, Verdict
 
 FOLDER = Path(__file__).parent / "dialogs"
@@ -166,7 +166,7 @@ FETCHING = [
     Answer(Stage.ATRN, R453_NO_MAIL, R450_ATRN_REFUSED),
 ]
 TRUST: dict[str, Callable[[str], bool]] = {"yes": lambda ip: True, "no": lambda ip: False}
-RULES = {"refuse": Rules(), "add_sender": Rules("add_sender"), "off": Rules("off")}
+HANDLING = {"refuse": Handling(), "add_sender": Handling("add_sender"), "off": Handling("off")}
 NUMBERS = {
     "size": "message_size",
     "sessions": "session_limit",
@@ -198,8 +198,8 @@ def service_options(options: dict[str, str]) -> dict[str, Any]:
         elif word == "users":
             made["users"] = Users()
             made["auth_clear"] = value == "clear"
-        elif word == "rules":
-            made["rules"] = RULES[value]
+        elif word == "handling":
+            made["handling"] = HANDLING[value]
             made["checks"] = [Senders(lambda _: Rights(frozenset({"ann@here.test"})))]
         elif word == "soft":
             made["soft"] = value == "yes"

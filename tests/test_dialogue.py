@@ -14,7 +14,7 @@ from test_login import FINAL, FIRST, NONCE, PROOF, USER
 from wire import bench
 
 from fastsmtp.address import NULL, Address
-from fastsmtp.delivery import Delivery, Outcome, Result, Retry, Scope, login, transaction
+from fastsmtp.delivery import Delivery, Result, Retry, Scope, login, transaction
 from fastsmtp.delivery.body import PIECE
 from fastsmtp.delivery.dialogue import Dialogue, Step
 from fastsmtp.delivery.failures import PATIENCE, TABLE, Answer, Stage
@@ -402,7 +402,8 @@ def test_the_shortcut_is_the_long_way(octets: bytes, words: str, monkeypatch: py
         dialogue.send(to("bob"))
         dialogue.take_output()
         dialogue.feed(octets)
-        outcomes = [[getattr(each, name) for name in Outcome.__slots__] for each in dialogue.outcomes]
+        told = ("host", "relayed", "reply", "reports", "result", "retry", "scope", "status", "text")
+        outcomes = [[getattr(each, name) for name in told] for each in dialogue.outcomes]
         output = [] if dialogue.closed else [dialogue.send(to("carl")), dialogue.take_output()]
         seen.append((outcomes, dialogue.closed, dialogue.progress, dialogue.stage, output))
         monkeypatch.setattr(transaction, "_ALL_TAKEN", re.compile(b"(?!)"))

@@ -100,6 +100,8 @@ def test_route() -> None:
     transport, mailbox = domains.route(parse_address("gone@here.test"))
     assert (transport, str(mailbox)) == ("boxes", "gone@here.test")
     assert domains.route(parse_address("ann@else.test"))[0] == ""
+    with_detail = Domains([Domain("here.test", "boxes", ["ann"], detail="+")], HOST)
+    assert with_detail.route(parse_address("ann+x@here.test"))[1].mailbox == "ann@here.test"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import random
 import re
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -38,7 +39,7 @@ from hypothesis import strategies as st
 from needs import needs, volume
 
 import fastsmtp
-from fastsmtp._files import append_file, fsync_dir, make_dirs, write_batch
+from fastsmtp._files import append_file, fsync_dir, make_dirs, send_last, write_batch
 
 if TYPE_CHECKING:
     from fastsmtp._files import Item, Range
@@ -673,3 +674,59 @@ def test_fsync_dir(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=str(path)) as caught:
             fsync_dir(path)
         assert caught.value.errno == error
+
+
+# Last words
+
+
+def tcp_pair() -> tuple[socket.socket, socket.socket]:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        far = socket.create_connection(listening.getsockname())
+        near, _ = listening.accept()
+    return near, far
+
+
+def segments(connection: socket.socket) -> int:
+    """Packets that came in, by tcp_info.tcpi_segs_in."""
+    return int(struct.unpack_from("I", connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 192), 140)[0])
+
+
+def test_last_octets_and_the_end_are_one_packet() -> None:
+    near, far = tcp_pair()
+    with near, far:
+        before = segments(far)
+        assert send_last(near.fileno(), b"221 Bye\r\n") == 9
+        assert far.recv(100) == b"221 Bye\r\n"
+        assert far.recv(100) == b""
+        assert segments(far) == before + 1
+        far.sendall(b"x")  # the other direction is open
+        assert near.recv(1) == b"x"
+
+
+def test_no_last_octets_are_the_end() -> None:
+    near, far = tcp_pair()
+    with near, far:
+        assert send_last(near.fileno(), b"") == 0
+        assert far.recv(1) == b""
+
+
+def test_what_is_not_taken_whole_does_not_end() -> None:
+    near, far = tcp_pair()
+    with near, far:
+        sent = 0
+        while more := send_last(near.fileno(), b"x" * (64 * MB)):
+            sent += more
+        while sent:
+            sent -= len(far.recv(MB))
+        far.setblocking(False)
+        with pytest.raises(BlockingIOError):  # not the end
+            far.recv(1)
+
+
+def test_last_octets_to_nobody() -> None:
+    near, far = tcp_pair()
+    with near:
+        far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        far.close()
+        assert send_last(near.fileno(), b"221 Bye\r\n") == 0
+    assert send_last(-1, b"x") == 0

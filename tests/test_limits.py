@@ -123,6 +123,38 @@ def test_open_sessions_of_a_network(book: Book, near: list[str], far: str) -> No
     assert desk.counted(Counter.NETWORK_FULL) == 1
 
 
+def test_who_becomes_free_or_is_so_no_more_gives_back_what_it_took(book: Book) -> None:
+    free: set[str] = set()
+    version: list[object] = [object()]
+    shared = Shared(1, len(Counter))
+    limits = Limits(
+        Inbound.model_validate({"sessions_per_address": 2, "sessions_per_network": 3}),
+        lambda ip: ip in free,
+        hostname="mx.here.test", log=book.log, shared=shared, worker=0, version=lambda: version[0],
+    )  # fmt: skip
+
+    def change(*now_free: str) -> None:
+        free.clear()
+        free.update(now_free)
+        version[0] = object()
+        limits.tick()
+
+    ip = "192.0.2.1"
+    assert [limits.admit(ip) is None for _ in range(3)] == [True, True, False]
+    change(ip)
+    assert [limits.admit(ip) is None for _ in range(5)] == [True] * 5
+    change()
+    assert limits.admit(ip) is not None, "the two of before are open still"
+    for _ in range(7):
+        limits.leave(ip)
+    assert [limits.admit(ip) is None for _ in range(3)] == [True, True, False]
+    change(ip)
+    limits.leave(ip)
+    limits.leave(ip)
+    change()
+    assert [limits.admit(ip) is None for _ in range(3)] == [True, True, False]
+
+
 def test_who_is_turned_away_at_one_limit_takes_nothing_of_another(book: Book) -> None:
     desk = Desk(book, sessions_per_address=3, sessions_per_network=1, new_sessions="2/m")
     assert desk.admit("192.0.2.1") == ""
@@ -396,6 +428,31 @@ def test_trusted_networks_exceptions_and_local_programs_are_free(tmp_path: Path)
         with ExitStack() as stack:
             for _ in range(5):
                 assert stack.enter_context(Peer(server.addresses()[1])).greeting.startswith("220 ")
+
+
+def test_exceptions_in_a_file_hold_from_its_next_version_on(tmp_path: Path) -> None:
+    """Of two workers, without a reload; who held sessions when it became free takes nothing with it."""
+    exceptions = tmp_path / "free"
+    exceptions.write_text("127.3.0.1\n# an office\n127.4.0.0/16\n")
+    tables = inbound(sessions_per_address=2) + 'exceptions = {file = "free"}\n'
+    with running(tmp_path, toml(tmp_path, tables=tables, workers=2)) as server:
+        for source, expected in (("127.3.0.1", 6), ("127.4.5.6", 6), ("127.3.0.2", 2)):
+            with crowd(server.address, [source], 6) as (let_in, _):
+                assert let_in[source] == expected
+
+        def lets_in(source: str, expected: int) -> bool:
+            with crowd(server.address, [source], 6) as (let_in, _):
+                return let_in[source] == expected
+
+        with crowd(server.address, ["127.5.0.1"], 3) as (before, _):
+            assert before["127.5.0.1"] == 2
+            exceptions.write_text("127.5.0.1\n")
+            server.wait(lambda: lets_in("127.5.0.1", 6), "the new list")
+            server.wait(lambda: lets_in("127.3.0.1", 2), "the old one to be gone")
+        exceptions.write_text("127.6.0.1\n")
+        server.wait(lambda: lets_in("127.5.0.1", 2), "nothing of what was held")
+        exceptions.write_text("127.6.0.1/8\n")
+        assert "bit" in server.wait_for("list-kept")[0]["why"]
 
 
 def test_limits_can_hold_for_trusted_networks_too(tmp_path: Path) -> None:

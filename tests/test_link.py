@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from sending import LIMITS, Fixed, run, sending, terms, to, told
 
+from fastsmtp.delivery import Result
 from fastsmtp.delivery.body import PIECE
-from fastsmtp.delivery.client_tls import Manner, Tls
+from fastsmtp.delivery.client_tls import Manner, Mode, Tls
 from fastsmtp.delivery.link import Link
 
 
@@ -32,7 +33,14 @@ class Kept(asyncio.Transport):
     def close(self) -> None:
         pass
 
-    abort = close
+    abort = pause_reading = close
+
+
+def make_link(executor: ThreadPoolExecutor, mode: Mode) -> Link:
+    return Link(
+        "mx.test", Manner(Tls(mode), terms()), clear=False, local=False, most=1, executor=executor,
+        on_end=lambda _: None, on_gone=lambda _: None,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -46,10 +54,7 @@ class Kept(asyncio.Transport):
 def test_a_message_whose_end_has_not_left_is_not_taken(size: int, unsent: int, expected: str) -> None:
     async def main() -> None:
         with ThreadPoolExecutor(1) as executor:
-            link = Link(
-                "mx.test", Manner(Tls("off"), terms()), clear=True, local=False, most=1, executor=executor,
-                on_end=lambda _: None, on_gone=lambda _: None,
-            )  # fmt: skip
+            link = make_link(executor, "off")
             transport = Kept()
             running = link.run([to("ann", octets=b"x" * size)])
             link.connection_made(transport)
@@ -63,6 +68,19 @@ def test_a_message_whose_end_has_not_left_is_not_taken(size: int, unsent: int, e
             link.data_received(b"250 taken\r\n")
             assert told(await running) == [[expected]]
             link.connection_lost(None)
+
+    run(main)
+
+
+def test_a_handshake_that_fails_in_no_way_that_is_known_is_answered_too() -> None:
+    async def main() -> None:
+        with ThreadPoolExecutor(1) as executor:
+            link = make_link(executor, "implicit")
+            running = link.run([to("ann")])
+            link.connection_made(Kept())  # the loop takes its own transports only: TypeError
+            (((outcome,),),) = [await asyncio.wait_for(running, 5)]
+            assert (outcome.result, outcome.status) == (Result.DEFERRED, "4.7.5")
+            assert "TypeError" in outcome.text
 
     run(main)
 

@@ -12,7 +12,7 @@ from test_reporting import told
 
 from fastsmtp.address import NULL, Address, parse_address
 from fastsmtp.delivery import Delivery, Outcome
-from fastsmtp.message import Content, Envelope, Message, Recipient, sent_by_owner
+from fastsmtp.message import LIST, Content, Envelope, Message, Recipient, sent_by_owner
 from fastsmtp.record import parse_envelope, render_envelope
 from fastsmtp.reply import R452_TOO_MANY_RECIPIENTS, R554_LOOP
 from fastsmtp.transaction import EXPANDED_LIMIT, Transaction
@@ -214,15 +214,55 @@ def test_an_alias_passes_on_what_the_sender_wants_to_know() -> None:
 def test_a_list_does_not() -> None:
     mail, asked = transaction()
     mail.add_members(asked, members("a@here.test", owner=OWNER))
-    (recipient,) = mail.envelope.recipients
+    recipient, itself = mail.envelope.recipients
     assert (recipient.notify, recipient.orcpt, recipient.sender) == ("", "", OWNER)
+    assert (itself.notify, itself.orcpt, itself.sender, itself.fault) == ("SUCCESS", asked.orcpt, None, LIST)
     reports, asked = transaction(sender="")
     reports.add_members(asked, members("a@here.test", owner=OWNER))
-    assert reports.envelope.recipients[0].sender is None
+    assert [each.sender for each in reports.envelope.recipients] == [None], "and nobody hears of success"
+
+
+@pytest.mark.parametrize("notify", ["", "NEVER", "FAILURE,DELAY"])
+def test_of_a_list_nobody_hears_who_did_not_ask(notify: str) -> None:
+    mail, asked = transaction()
+    asked.notify = notify
+    mail.add_members(asked, members("a@here.test", owner=OWNER))
+    assert [each.fault for each in mail.envelope.recipients] == [""]
+
+
+def test_a_list_may_have_a_mailbox_of_its_name() -> None:
+    mail, asked = transaction()
+    for _ in range(2):
+        mail.add_members(asked, members("list@here.test", owner=OWNER))
+    assert [(each.sender, each.fault) for each in mail.envelope.recipients] == [(OWNER, ""), (None, LIST)]
+    assert len(mail.accepted) == 2
+    assert mail.loops(b"Delivered-To: list@here.test\r\n", 100, lmtp=False), "nobody is left who has not had it"
+    assert mail.envelope.recipients[1].fault == LIST
+
+
+@pytest.mark.parametrize("kind", Kinds)
+def test_a_sender_hears_that_the_list_has_it(kind: str, log: Logged, tmp_path: Path) -> None:
+    box, senders, owners = Scripted(NEVER), Scripted(), Scripted()
+
+    async def test(bench: Bench) -> None:
+        mail, asked = transaction()
+        mail.envelope.envid = "mine"
+        mail.add_members(asked, members("a@box.test", "list@here.test", owner=OWNER))
+        await keep(bench, mail.envelope)
+        await bench.settle()
+        assert told(senders) == [("delivered", "list@here.test", "2.0.0")]
+        report = senders.batches[0][0][1]
+        assert b"Original-Envelope-Id: mine" in report
+        assert b"Original-Recipient: rfc822; list@here.test" in report
+        assert told(owners) == [("failed", "a@box.test", "5.1.1")]
+        assert bench.spool.backlog == 0
+
+    play(kind, log[0], tmp_path, {"box": box, "here": Scripted(), "x": senders, "own": owners}, test)
 
 
 def test_a_mailbox_that_is_reached_twice_is_there_once() -> None:
     mail, asked = transaction()
+    asked.notify = ""
     mail.add(Recipient(parse_address("A@here.test")))
     mail.add_members(asked, members("a@here.test", "b@here.test", owner=OWNER))
     mail.add(Recipient(parse_address("b@here.test")))

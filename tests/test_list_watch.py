@@ -15,7 +15,7 @@ import pytest
 from scripted import Logged, logged
 
 from fastsmtp.config import Config, parse
-from fastsmtp.list_watch import Watcher, check_lists, folder_of, prepare
+from fastsmtp.list_watch import Become, Preparation, Watcher, check_lists, folder_of
 from fastsmtp.lists import Listed, ListError, ListFile
 
 TEXT = """\
@@ -42,6 +42,10 @@ def log() -> Iterator[Logged]:
         yield pair
 
 
+def prepare(config: Config, become: Become = None) -> None:
+    assert Preparation(config, become).advance(wait=True)
+
+
 def opened(config: Config, tmp_path: Path) -> Listed:
     return Listed(ListFile("mailboxes", tmp_path / "boxes"), folder_of(config))
 
@@ -55,7 +59,7 @@ def test_what_is_current_is_left(config: Config, tmp_path: Path) -> None:
         (file,) = folder_of(config).iterdir()
         times.append(file.stat().st_ino)
     assert times[0] == times[1] != times[2]
-    assert opened(config, tmp_path).has("bob", "here.test")
+    assert opened(config, tmp_path).has("bob@here.test")
 
 
 def test_it_keeps_nothing_of_its_parent(config: Config, tmp_path: Path) -> None:
@@ -94,6 +98,44 @@ def test_a_folder_that_cannot_be_written(config: Config) -> None:
     folder_of(config).write_text("a file")
     with pytest.raises(ListError, match=r"its compiled form cannot be written to .*lists: "):
         prepare(config)
+
+
+def test_nobody_waits_for_it(config: Config, tmp_path: Path) -> None:
+    """One list after the other, and what was begun ends with who began it."""
+    text = TEXT + '[alias]\nfile = "aliases"\n'
+    (tmp_path / "aliases").write_text("a: ann\n")
+    begun = tmp_path / "begun"
+
+    def become() -> None:
+        if begun.exists():
+            time.sleep(600)
+        begun.touch()
+
+    preparation = Preparation(parse(text, tmp_path, "f.toml"), become)
+    assert not preparation.advance()
+    first = preparation._child
+    deadline = time.monotonic() + 60
+    while (child := preparation._child) is first:
+        assert not preparation.advance()
+        assert time.monotonic() < deadline
+    assert child is not None
+    assert [made.name.partition("-")[0] for made in folder_of(config).iterdir()] == ["mailboxes"]
+    preparation.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(child.pid, 0)
+    preparation.close()
+
+
+def test_what_a_killed_process_has_left_is_removed(config: Config) -> None:
+    """But not what another still writes."""
+    prepare(config)
+    (made,) = folder_of(config).iterdir()
+    made.with_name(f"{made.name}.{2**22 + 1}.tmp").write_bytes(b"x")  # no process has such a number
+    own = made.with_name(f"{made.name}.{os.getpid()}.tmp")
+    own.write_bytes(b"x")
+    made.unlink()
+    prepare(config)
+    assert sorted(folder_of(config).iterdir()) == sorted([made, own])
 
 
 def test_check_writes_nothing(config: Config, tmp_path: Path) -> None:
@@ -146,7 +188,7 @@ def test_a_change_is_taken_when_it_is_over(config: Config, tmp_path: Path, log: 
     assert watched.events == []
     watched.pass_time(0.5)
     assert watched.events == [("list-published", 3)]
-    assert opened(config, tmp_path).has("carl", "here.test")
+    assert opened(config, tmp_path).has("carl@here.test")
     watched.pass_time(1.0)
     assert len(watched.events) == 1
 
@@ -171,9 +213,9 @@ def test_a_list_that_loses_its_half_at_once_is_kept(config: Config, tmp_path: Pa
     write(1)
     watched.pass_time(1.0)
     watched.pass_time(1.0)
-    assert opened(config, tmp_path).has("u20", "here.test")
+    assert opened(config, tmp_path).has("u20@here.test")
     prepare(config)
-    assert not opened(config, tmp_path).has("u20", "here.test")
+    assert not opened(config, tmp_path).has("u20@here.test")
     for entries in (19, 0):
         write(entries)
         watched.pass_time(1.0)
@@ -181,15 +223,37 @@ def test_a_list_that_loses_its_half_at_once_is_kept(config: Config, tmp_path: Pa
     assert watched.events[-2:] == [("list-published", 19), ("list-published", 0)]
 
 
+def test_networks_are_counted_whatever_they_are(tmp_path: Path, log: Logged) -> None:
+    (tmp_path / "data").mkdir()
+    config = parse(TEXT.partition("[[")[0] + '[inbound]\nexceptions = {file = "nets"}\n', tmp_path, "f.toml")
+
+    def write(count: int) -> None:
+        (tmp_path / "nets").write_text("".join(f"2001:db8:{n:x}::/64\n192.0.{n}.0/32\n" for n in range(count)))
+
+    write(50)
+    prepare(config)
+    watched = Watched(config, log)
+    watched.pass_time(1.0)
+    for count in (40, 10):
+        write(count)
+        watched.pass_time(1.0)
+        watched.pass_time(1.0)
+    assert watched.events == [("list-published", 80), ("list-kept", 0)]
+    assert "20 entries, less than half" in watched.lines()[1]["why"]
+
+
 def test_what_is_wrong_is_said_once(config: Config, tmp_path: Path, log: Logged) -> None:
     prepare(config)
     watched = Watched(config, log)
+    counted: list[int] = []
+    watched.watcher.on_kept = lambda: counted.append(1)
     watched.pass_time(1.0)
     (tmp_path / "boxes").write_text("a b\n")
     for _ in range(5):
         watched.pass_time(1.0)
     assert watched.events == [("list-kept", 1)]
-    assert opened(config, tmp_path).has("ann", "here.test")
+    assert counted == [1]
+    assert opened(config, tmp_path).has("ann@here.test")
     (tmp_path / "boxes").unlink()
     for _ in range(5):
         watched.pass_time(1.0)
@@ -198,6 +262,17 @@ def test_what_is_wrong_is_said_once(config: Config, tmp_path: Path, log: Logged)
     for _ in range(3):
         watched.pass_time(1.0)
     assert watched.events[2:] == [("list-published", 1)]
+
+
+def test_what_a_reload_has_compiled_is_not_compiled_again(config: Config, tmp_path: Path, log: Logged) -> None:
+    prepare(config)
+    watched = Watched(config, log)
+    watched.pass_time(1.0)
+    (tmp_path / "boxes").write_text("ann\nbob\n")
+    prepare(config)
+    for _ in range(3):
+        watched.pass_time(1.0)
+    assert watched.events == []
 
 
 def test_it_ends_with_its_parent(config: Config, tmp_path: Path, log: Logged) -> None:

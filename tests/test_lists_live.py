@@ -20,9 +20,12 @@ import pytest
 from peer import GoneError, Peer
 from servers import ROOT, Server, mailbox, running, toml
 
+from fastsmtp.lists import ListFile
+
 LISTENERS = """\
 [[listener]]
 address = "127.0.0.1:0"
+dsn = true
 [[listener]]
 address = "127.0.0.1:0"
 vrfy = true
@@ -161,6 +164,28 @@ def test_a_list_is_from_its_owner_who_hears_what_fails(server: Server) -> None:
     assert b"ghost@here.test" in report
 
 
+def test_a_sender_who_asks_hears_that_the_list_has_it(server: Server) -> None:
+    """And nothing of its members, whom only the owner knows (RFC 3461 5.2.7)."""
+    with Peer(server.address) as peer:
+        assert peer.ask("MAIL FROM:<bob@here.test> ENVID=e1").startswith("250 ")
+        wishes = "NOTIFY=SUCCESS,FAILURE ORCPT=rfc822;Staff@here.test"
+        assert peer.ask(f"RCPT TO:<staff@here.test> {wishes}").startswith("250 ")
+        assert peer.ask("DATA").startswith("354 ")
+        peer.send(b"Subject: 5\r\n\r\n.\r\n")
+        assert peer.reply().startswith("250 ")
+    server.wait(lambda: copies(server, "here.test", "bob", b"Action: delivered"), "the report")
+    (report,) = copies(server, "here.test", "bob", b"Action: delivered")
+    assert b"Final-Recipient: rfc822; staff@here.test\n" in report
+    assert b"Original-Recipient: rfc822; Staff@here.test\n" in report
+    assert b"Original-Envelope-Id: e1\n" in report
+    assert b"ghost" not in report
+    server.wait(lambda: copies(server, "own.test", "eve", b"Subject: 5"), "mail")
+    assert senders(server, "own.test", "eve", b"Subject: 5") == ["owner-staff@here.test"]
+    reported = server.wait_for("reported", action="delivered")
+    assert [(line["recipients"], line["to"]) for line in reported] == [(["staff@here.test"], "bob@here.test")]
+    assert not copies(server, "here.test", "bob", b"ghost@here.test"), "the owner hears of who is unknown"
+
+
 def test_what_is_told(server: Server) -> None:
     strangers, friends, _ = server.addresses()
     with Peer(strangers) as peer:
@@ -249,9 +274,9 @@ def test_files_are_taken_anew_while_mail_flows(tmp_path: Path) -> None:
         server.wait(lambda: len(server.workers()) == 2 and everywhere_or_gone(server), "yan again")
 
 
-def everywhere_or_gone(server: Server) -> bool:
+def everywhere_or_gone(server: Server, local: str = "yan") -> bool:
     try:
-        return everywhere(server, "yan", True)
+        return everywhere(server, local, True)
     except GoneError:
         return False
 
@@ -313,6 +338,46 @@ def test_a_reload_takes_lists_that_are_new(tmp_path: Path) -> None:
 
         (tmp_path / "more").write_text("other.test\n")
         server.wait(lambda: said() == {"250 2.1.0 Sender OK"}, "the list anew")
+        # and of one that nobody names any more nothing is said, whatever becomes of it
+        (tmp_path / "fastsmtp.toml").write_text(before)
+        os.kill(server.pid, signal.SIGHUP)
+        server.wait_for("reloaded", 2)
+        time.sleep(1.5)  # a tick: the generation before is closed
+        ListFile("addresses", tmp_path / "more").compiled(tmp_path / "data" / "lists").unlink()
+        time.sleep(1.5)
+        assert not server.events("list-kept")
+
+
+def test_a_reload_that_compiles_a_long_list_holds_nothing_up(tmp_path: Path) -> None:
+    """Here by a process that is stopped as soon as it is seen."""
+    before = configure(tmp_path)
+    (tmp_path / "slow").write_text("spam.test\n" * 300_000 + "*.*\n")
+    after = before + '[[rule]]\nsender = {file = "slow"}\naction = "refuse"\n'
+    with running(tmp_path, before) as server:
+        (worker,) = server.workers()
+
+        def begin() -> int:
+            """The process that compiles."""
+            there = server.workers()
+            (tmp_path / "fastsmtp.toml").write_text(after)
+            os.kill(server.pid, signal.SIGHUP)
+            server.wait(lambda: len(server.workers()) == len(there) + 1, "a process that compiles")
+            (compiles,) = set(server.workers()) - set(there)
+            os.kill(compiles, signal.SIGSTOP)
+            return compiles
+
+        compiles = begin()
+        os.kill(worker, signal.SIGKILL)
+        server.wait_for("worker-died")
+        server.wait(lambda: everywhere_or_gone(server, "ann"), "a worker that serves")
+        assert not server.events("reload-refused")
+        os.kill(compiles, signal.SIGCONT)
+        (refused,) = server.wait_for("reload-refused")
+        assert f"{tmp_path}/slow:300001: expected an address" in str(refused["errors"])
+        # and who ends it does not wait for it either
+        compiles = begin()
+        assert server.stop() == 0
+        assert not Path(f"/proc/{compiles}").exists()
 
 
 @pytest.fixture

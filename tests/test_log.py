@@ -20,6 +20,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastsmtp import log as events
+from fastsmtp._files import render_line
 from fastsmtp.log import (
     ACCEPTED,
     BUG,
@@ -31,6 +32,7 @@ from fastsmtp.log import (
     WORKER_DIED,
     Event,
     Log,
+    _render_with_care,
     trace,
 )
 
@@ -221,6 +223,44 @@ def test_whatever_the_peer_sends_is_one_line_and_comes_back_from_json(one: str, 
     assert line.isprintable()
     record = json.loads(line)
     assert (record["one"], record["two"]) == (one, [two, one])
+
+
+plain = st.text(st.characters(min_codepoint=32, max_codepoint=126, exclude_characters='"\\'), max_size=600)
+values = st.none() | st.integers() | st.floats() | st.booleans() | plain | texts
+values |= st.lists(plain | texts, max_size=40).map(tuple)
+
+
+@given(values, values)
+@example("x" * 512, 1e300)
+@example("x" * 512, (1 << 63) - 1)
+@example(("x" * 100,) * 32, -(1 << 63))
+@example(("x" * 512,) * 7, ("x" * 400,))
+def test_what_is_rendered_in_one_go_is_as_with_care(one: object, two: object) -> None:
+    quick = render_line(PAIR.pieces, STAMP, (one, two))
+    assert quick in (None, _render_with_care(PAIR, STAMP, (one, two)))
+
+
+@pytest.mark.parametrize("value", [None, 0, -1, 1 << 62, 0.0, -0.0005, 1.0005, 1e20, float("inf"), "", "x" * 512, ()])
+def test_plain_values_are_rendered_in_one_go(value: object) -> None:
+    items = (value,) if isinstance(value, str) else ("a", "b")
+    line = render_line(PAIR.pieces, STAMP, (value, items))
+    assert line == _render_with_care(PAIR, STAMP, (value, items))
+
+
+def test_lines_up_to_what_a_pipe_takes_whole_are_rendered_in_one_go() -> None:
+    lengths = []
+    for length in range(300, 512):
+        values = (("x" * 512,) * 7, "x" * length)
+        line = render_line(PAIR.pieces, STAMP, values)
+        assert line in (None, _render_with_care(PAIR, STAMP, values))
+        lengths.append(len(line or b""))
+    assert max(lengths) == select.PIPE_BUF
+    assert lengths == sorted(lengths[: lengths.index(0)]) + [0] * lengths.count(0)
+
+
+def test_values_of_another_number_are_not_rendered() -> None:
+    assert render_line(PAIR.pieces, STAMP, ("a",)) is None
+    assert render_line(PAIR.pieces, STAMP, ("a", "b", "c")) is None
 
 
 @given(texts, texts)

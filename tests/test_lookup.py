@@ -134,10 +134,11 @@ def test_many_who_ask_for_one_address_ask_once_and_nobody_waits_for_another(log:
 def test_what_fails_is_never_unknown_and_asked_again(log: Logged, accepts: bool, found: Found, answer: str) -> None:
     async def test() -> None:
         clock, source = Clock(), Source(ann=LookupFailedError("the database is down"))
-        asked = make(source, log, clock, accepts=accepts)
+        counted: list[int] = []
+        asked = make(source, log, clock, accepts=accepts, count=lambda: counted.append(1))
         for _ in range(3):
             assert await ask(asked, "ann@x.test") is found
-        assert len(source.asked) == 3
+        assert len(source.asked) == len(counted) == 3
         clock.now += 10
         assert await ask(asked, "ann@x.test") is found
         source.answers["ann"] = False

@@ -12,12 +12,13 @@ import dns.message
 import dns.rcode
 import pytest
 import uvloop
-from nameserver import Script, Scripted, free_port, nameserver, response
+from nameserver import Script, Scripted, nameserver, response
 
 from fastsmtp import nameservers
 from fastsmtp.dns import MX, Answer, Kind, Resolver, Status
 from fastsmtp.dns_message import RECORDS
 from fastsmtp.nameservers import NameServers, parse_resolv_conf, parse_server
+from loadtest.processes import free_port
 
 QUICK = 0.3  # seconds in which nothing will come
 PATIENCE = 20.0  # seconds for what comes at once

@@ -186,7 +186,7 @@ def test_a_server_comes_for_its_mail(tmp_path: Path) -> None:
             "127.0.0.1", ["home.test", "a.home.test"], "done"
         )  # fmt: skip
         server.wait_for("session", end="turned")
-        assert len(server.events("relayed", host="home.test")) == 25
+        server.wait(lambda: len(server.events("relayed", host="home.test")) == 25, "the log of all workers")
         assert list((tmp_path / "data" / "turned").glob("*[!k]")) == []
 
 

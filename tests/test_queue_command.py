@@ -275,6 +275,9 @@ def test_errors_are_one_line(tmp_path: Path) -> None:
     result = queue(tmp_path, "list")
     assert result.exit_code == 1
     assert result.stderr == f"fastsmtp: data_dir {tmp_path}/data: no server has run with it\n"
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "lock").touch()  # a start that failed leaves it
+    assert queue(tmp_path, "list").stderr == result.stderr
     (tmp_path / "fastsmtp.toml").write_text("x = 1\n")
     result = queue(tmp_path, "summary")
     assert result.exit_code == 1

@@ -4,7 +4,7 @@ a stranger, and for a user only those do that name one."""
 from __future__ import annotations
 
 import smtplib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import pytest
 from tls_users import Papers, papers, serve, trusting
@@ -58,93 +58,37 @@ def written(form: str, served: str) -> str:
     return form.replace("D", FOREIGN).replace("S", served)
 
 
-def hello(player: Player) -> None:
-    player.say("EHLO client.test")
-
-
-def after_rset(player: Player) -> None:
-    hello(player)
-    player.say("MAIL FROM:<a@b.test>")
-    player.say("RSET")
-
-
-def after_a_failure(player: Player) -> None:
-    hello(player)
-    assert player.say(f"AUTH PLAIN {WRONG}")[0].startswith("535")
-
-
-def after_cancelling(player: Player) -> None:
-    hello(player)
-    player.say("AUTH LOGIN YW5u")
-    assert player.say("*")[0].startswith("501")
-
-
-def after_a_token(player: Player) -> None:
-    hello(player)
-    player.say("AUTH XOAUTH2 dXNlcj1hbm4BYXV0aD1CZWFyZXIgd3JvbmcBAQ==")
-    assert player.say("")[0].startswith("535")
-
-
-def after_half_of_scram(player: Player) -> None:
-    """The server has shown what it keeps of ann; the client goes no further."""
-    hello(player)
-    assert player.say("AUTH SCRAM-SHA-256 biwsbj1hbm4scj1hYmM=")[0].startswith("334")
-    assert player.say("*")[0].startswith("501")
-
-
-def with_ann_elsewhere(player: Player) -> None:
-    hello(player)
-    other = player.bench.connect()
-    other.say("EHLO client.test")
-    assert other.say(f"AUTH PLAIN {RIGHT}")[0].startswith("235")
-
-
-def with_ann_too_late(player: Player) -> None:
-    """AUTH inside a transaction is refused."""
-    hello(player)
-    player.say("MAIL FROM:<ann@here.test>")
-    assert player.say(f"AUTH PLAIN {RIGHT}")[0].startswith("503")
-
-
-def claiming(player: Player) -> None:
-    hello(player)
-    player.say("MAIL FROM:<ann@here.test> AUTH=ann@here.test")
-
-
-STRANGERS: Mapping[str, Callable[[Player], None]] = {
-    each.__name__: each
-    for each in (
-        hello, after_rset, after_a_failure, after_cancelling, after_a_token, after_half_of_scram, with_ann_elsewhere,
-        with_ann_too_late, claiming,
-    )
-}  # fmt: skip
-
-
-def logged_in(player: Player) -> None:
-    hello(player)
-    assert player.say(f"AUTH PLAIN {RIGHT}")[0].startswith("235")
-
-
-def logged_in_and_reset(player: Player) -> None:
-    logged_in(player)
-    player.say("MAIL FROM:<a@b.test>")
-    player.say("RSET")
-
-
-def logged_in_and_greeted(player: Player) -> None:
-    logged_in(player)
-    hello(player)
-
-
-def logged_in_after_a_failure(player: Player) -> None:
-    after_a_failure(player)
-    assert player.say(f"AUTH PLAIN {RIGHT}")[0].startswith("235")
-    assert player.say(f"AUTH PLAIN {WRONG}")[0].startswith("503")
-
-
-USERS: Mapping[str, Callable[[Player], None]] = {
-    each.__name__: each for each in (logged_in, logged_in_and_reset, logged_in_and_greeted, logged_in_after_a_failure)
+# How a session came to where it is: what is said after EHLO, and the codes of the replies.
+Said = tuple[tuple[str, str], ...]
+LOGIN: Said = ((f"AUTH PLAIN {RIGHT}", "235"),)
+FAILURE: Said = ((f"AUTH PLAIN {WRONG}", "535"),)
+RESET: Said = (("MAIL FROM:<a@b.test>", "250"), ("RSET", "250"))
+STRANGERS: Mapping[str, Said] = {
+    "greeted": (),
+    "after RSET": RESET,
+    "after a failure": FAILURE,
+    "after cancelling": (("AUTH LOGIN YW5u", "334"), ("*", "501")),
+    "after a token": (("AUTH XOAUTH2 dXNlcj1hbm4BYXV0aD1CZWFyZXIgd3JvbmcBAQ==", "334"), ("", "535")),
+    # The server has shown what it keeps of ann; the client goes no further.
+    "after half of SCRAM": (("AUTH SCRAM-SHA-256 biwsbj1hbm4scj1hYmM=", "334"), ("*", "501")),
+    "with ann elsewhere": (),
+    "with ann too late": (("MAIL FROM:<ann@here.test>", "250"), (f"AUTH PLAIN {RIGHT}", "503")),
+    "claiming": (("MAIL FROM:<ann@here.test> AUTH=ann@here.test", "250"),),
 }
+USERS: Mapping[str, Said] = {
+    "logged in": LOGIN,
+    "logged in and reset": LOGIN + RESET,
+    "logged in and greeted": (*LOGIN, ("EHLO client.test", "250")),
+    "logged in after a failure": FAILURE + LOGIN + ((f"AUTH PLAIN {WRONG}", "503"),),
+}
+
+
+def come(made: Bench, said: Said) -> Player:
+    """A client that has said so."""
+    player = made.connect()
+    for line, code in (("EHLO client.test", "250"), *said):
+        assert player.say(line)[-1].startswith(code)
+    return player
 
 
 def is_ours(domain: str) -> bool:
@@ -172,8 +116,9 @@ def reached(player: Player, form: str) -> str | None:
 def test_no_stranger_is_relayed_for(state: str, form: str) -> None:
     for served in ("here.test", "any.test"):
         with bench(users=Users(), auth_clear=True, early_refused=False) as made:
-            player = made.connect()
-            STRANGERS[state](player)
+            if state == "with ann elsewhere":
+                come(made, LOGIN)
+            player = come(made, STRANGERS[state])
             domain = reached(player, written(form, served))
             assert domain is None or is_ours(domain)
 
@@ -183,8 +128,7 @@ def test_no_stranger_is_relayed_for(state: str, form: str) -> None:
 def test_a_user_reaches_what_is_named(state: str, form: str) -> None:
     for served in ("here.test", "any.test"):
         with bench(users=Users(), auth_clear=True, early_refused=False) as made:
-            player = made.connect()
-            USERS[state](player)
+            player = come(made, USERS[state])
             domain = reached(player, written(form, served))
             assert (domain is not None and not is_ours(domain)) == (form in RELAYED)
 

@@ -18,21 +18,24 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import pytest
 from certs import Authority, Files
 from needs import needs_root, public_folder
 from peer import GoneError, Peer, stuff
-from servers import ANY_DOMAIN, LISTENER, ROOT, Server, files, free_port, mailbox, running, toml
+from servers import ANY_DOMAIN, LISTENER, ROOT, Server, files, mailbox, running, toml
 
 from fastsmtp.certificates import Watch
 from fastsmtp.config import parse
 from fastsmtp.holdings import Holdings
 from fastsmtp.log import open_log
-from fastsmtp.reload import ADOPT, PACKET, PREPARE, RESULT
+from fastsmtp.reload import ADOPT, FORGET, PACKET, PREPARE, RESULT
 from fastsmtp.seat import Settings
+from fastsmtp.server import identity
+from loadtest.processes import free_port
 
+ANYWHERE = "[[listener]]\naddress = '127.0.0.1:0'"
 LETTER = b"Subject: x\r\n\r\nbody\r\n"
 TLS = '[tls]\ncertificate = "mx.pem"\nkey = "mx.key"\n'
 
@@ -136,48 +139,79 @@ def test_a_wrong_configuration_changes_nothing_and_every_error_is_told(tmp_path:
             assert peer.data(["b@y.test"], LETTER).startswith("250 ")
 
 
-def test_who_asks_while_a_reload_is_under_way_hears_of_the_next(tmp_path: Path) -> None:
-    """The one under way has read the file already, perhaps before it was changed. The worker is played here."""
-    listener = "[[listener]]\naddress = '127.0.0.1:0'"
-    texts = iter((f"hostname = 'b.test'\n{listener}", "hostname = 7"))
-    settings = Settings(parse(f"hostname = 'a.test'\n{listener}", tmp_path, "file"))
-    log = open_log("json", threaded=False)
-    holdings = Holdings(settings, None, None, [], Watch(()), log, lambda: parse(next(texts), tmp_path, "file"), "file")
-    line = holdings.open_line(0)
+class Played:
+    """Workers that are played here, of a supervisor that reads `texts`, one after the other."""
 
-    def heard() -> list[tuple[bytes, bytes]]:
-        holdings.look_after(time.monotonic())
+    def __init__(self, folder: Path, workers: int, *texts: str) -> None:
+        left = iter(texts)
+        settings = Settings(parse(f"hostname = 'a.test'\n{ANYWHERE}", folder, "file"))
+        self._log = open_log("json", threaded=False)
+        self.holdings = Holdings(
+            settings, None, None, [], Watch(()), self._log, lambda: parse(next(left), folder, "file"), "file"
+        )
+        self.lines = [self.holdings.open_line(worker) for worker in range(workers)]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for line in self.lines:
+            line.close()
+        self.holdings.close()
+        self._log.close()
+
+    def heard(self, worker: int = 0) -> list[tuple[bytes, bytes]]:
+        """What a worker is told when the supervisor has looked."""
+        self.holdings.look_after(time.monotonic())
         found = []
         while True:
             try:
-                octets, descriptors, _, _ = socket.recv_fds(line, PACKET, 10)
+                octets, descriptors, _, _ = socket.recv_fds(self.lines[worker], PACKET, 10)
             except BlockingIOError:
                 return found
             for descriptor in descriptors:
                 os.close(descriptor)
             found.append((octets[:1], octets[1:].partition(b" ")[0]))
 
-    try:
+
+def test_who_asks_while_a_reload_is_under_way_hears_of_the_next(tmp_path: Path) -> None:
+    """The one under way has read the file already, perhaps before it was changed."""
+    with Played(tmp_path, 1, f"hostname = 'b.test'\n{ANYWHERE}", "hostname = 7") as played:
+        (line,) = played.lines
         line.send(b"reload 1 0")
-        assert heard() == [(PREPARE, b"")]
+        assert played.heard() == [(PREPARE, b"")]
         line.send(b"reload 2 0")
         line.send(b"reload 3 0")
-        assert heard() == []
-        line.send(b"ok")
-        assert heard() == [(ADOPT, b""), (RESULT, b"1")]
-        assert heard() == [(RESULT, b"2,3")], "the second file is wrong, and both are told so"
-    finally:
-        line.close()
-        holdings.close()
-        log.close()
+        assert played.heard() == []
+        line.send(b"ok 1")
+        assert played.heard() == [(ADOPT, b""), (RESULT, b"1")]
+        assert played.heard() == [(RESULT, b"2,3")], "the second file is wrong, and both are told so"
+
+
+def test_a_late_answer_to_a_reload_that_was_refused_is_none_to_the_next(tmp_path: Path) -> None:
+    texts = [f"hostname = '{name}.test'\n{ANYWHERE}" for name in "bc"]
+    with Played(tmp_path, 2, *texts) as played:
+        quick, slow = played.lines
+        played.holdings.begin("test")
+        quick.send(b"no 1 it cannot")
+        assert played.heard(0) == [(PREPARE, b""), (FORGET, b"")]
+        played.holdings.begin("test")
+        slow.send(b"ok 1")
+        quick.send(b"ok 2")
+        assert played.heard(0) == [(PREPARE, b"")]
+        slow.send(b"no 2 it cannot")
+        assert played.heard(1) == [(PREPARE, b""), (FORGET, b""), (PREPARE, b""), (FORGET, b"")]
 
 
 def test_a_worker_that_cannot_changes_nothing_anywhere(tmp_path: Path) -> None:
-    """The supervisor, as root, sees nothing wrong with a folder that the workers may not write."""
+    """The supervisor does not know whose folder for temporary files will be theirs."""
     needs_root()
     with public_folder("reload") as folder:
         closed = folder / "closed"
-        closed.mkdir(0o700)
+        for made in (closed, closed / "mail"):
+            made.mkdir()
+            made.chmod(0o777)
+        (closed / "mail" / f".fastsmtp-{identity(folder / 'data')}").mkdir(0o700)
         configuration = toml(folder, workers=2, top='user = "nobody"')
         (folder / "mail").mkdir(0o777)
         (folder / "mail").chmod(0o777)

@@ -5,27 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 
 import pytest
+from forked import fork, wait
 
 from fastsmtp._shared import Shared, die_with_parent
 from fastsmtp.metrics import Counter
-
-
-def fork(job: Callable[[], None]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        job()
-        os._exit(0)
-    finally:
-        os._exit(1)
-
-
-def wait(pid: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def test_everything_is_zero_at_first() -> None:

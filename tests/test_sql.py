@@ -17,7 +17,7 @@ from postgresql import Postgresql, postgresql
 from fastsmtp.check import check_machine
 from fastsmtp.config import Sql, load
 from fastsmtp.sql import Database, SqlError
-from fastsmtp.sql_text import names_in
+from fastsmtp.sql_text import always_finds, names_in
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:
@@ -58,6 +58,24 @@ def test_the_values_of_a_query_are_its_names_behind_colons() -> None:
     assert names_in(query) == {"local", "domain_2"}
 
 
+@pytest.mark.parametrize(
+    ("query", "always"),
+    [
+        ("SELECT count(*) FROM box WHERE a = :address", True),
+        ("\n select\n exists (SELECT 1 FROM box WHERE a = :address)", True),
+        ("SELECT NOT EXISTS(SELECT 1 FROM box WHERE a = :address)", True),
+        ("SELECT max(id) FROM box WHERE a = :address", True),
+        ("SELECT 1 FROM box WHERE a = :address", False),
+        ("SELECT count FROM box WHERE a = :address", False),
+        ("SELECT 1 WHERE EXISTS (SELECT 1 FROM box WHERE a = :address)", False),
+        ("SELECT count(*) FROM box WHERE a = :address HAVING count(*) > 0", False),
+        ("SELECT count(*) FROM box WHERE a = :address GROUP BY a", False),
+    ],
+)
+def test_a_query_that_has_a_row_for_everyone_knows_everyone(query: str, always: bool) -> None:
+    assert always_finds(query) == always
+
+
 def test_rows_are_dicts_and_values_are_bound(file: Path, server: Postgresql) -> None:
     async def ask(section: Sql, table: str) -> None:
         database = Database(section)
@@ -90,6 +108,22 @@ def test_a_wrong_query_is_an_error_of_one_line_and_changes_nothing(file: Path, s
             assert str(error.value)
             assert "\n" not in str(error.value)
             assert await database.rows(f"SELECT quota FROM {table} WHERE local = 'ann'", {}) == [{"quota": 7}]
+        await database.close()
+
+    for section, table in both(file, server):
+        run(ask(section, table))
+
+
+def test_a_query_without_its_condition_does_not_fill_the_memory(file: Path, server: Postgresql) -> None:
+    async def ask(section: Sql, table: str) -> None:
+        database = Database(section)
+        counted = "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < {most}) SELECT x FROM c"
+        assert len(await database.rows(counted.format(most=10_000), {})) == 10_000
+        with pytest.raises(SqlError, match="more than 10000 rows"):
+            await database.rows(counted.format(most=20_000), {})
+        assert await database.rows(f"SELECT quota FROM {table} WHERE local = :local", {"local": "ann"}) == [
+            {"quota": 7}
+        ]
         await database.close()
 
     for section, table in both(file, server):

@@ -22,6 +22,7 @@ from cryptography.x509.oid import NameOID
 from wire import Bench, make_service
 
 from fastsmtp.connection import Connection
+from fastsmtp.gate import Gate
 from fastsmtp.metrics import Counter
 from fastsmtp.service import Times
 from fastsmtp.tls import server_context
@@ -202,11 +203,7 @@ def serve(
         running.set_exception_handler(lambda _, what: unheard.append(what))
         made = make_service(running, context=context, tls=context is not None and not implicit, **options)
         listening = await running.create_server(
-            lambda: Connection(made.service),
-            "127.0.0.1",
-            0,
-            ssl=context if implicit else None,
-            ssl_handshake_timeout=made.service.times.tls if implicit else None,
+            lambda: Gate(made.service) if implicit else Connection(made.service), "127.0.0.1", 0
         )
         server = Server(made, listening.sockets[0].getsockname()[1])
         try:

@@ -21,14 +21,14 @@ from fastsmtp.reply import (
     Reply,
 )
 from fastsmtp.rights import Rights
-from fastsmtp.submission import MOST_AUTHORS, Changes, Rules, Submitter, prepare, render_missing
+from fastsmtp.submission import MOST_AUTHORS, Changes, Handling, Submitter, prepare, render_missing
 
 ANN = "ann@example.org"
 RIGHTS = Rights(frozenset({ANN, "office@example.org"}), frozenset({"ann.test"}))
 DATE = "Sun, 22 Nov 2026 14:00:00 +0000"
-REFUSE = Rules()
-ADD = Rules("add_sender")
-OFF = Rules("off")
+REFUSE = Handling()
+ADD = Handling("add_sender")
+OFF = Handling("off")
 COMPLETE = b"Date: today\r\nMessage-ID: <1@x>\r\n"
 
 
@@ -37,8 +37,8 @@ def submitter(reverse_path: str = ANN, rights: Rights = RIGHTS, user: str = ANN)
     return Submitter(user, rights, path, "mx.test", "0pa9", DATE)
 
 
-def change(rules: Rules, header: bytes, by: Submitter | None = None) -> Changes:
-    changes = prepare(rules, header, by or submitter())
+def change(handling: Handling, header: bytes, by: Submitter | None = None) -> Changes:
+    changes = prepare(handling, header, by or submitter())
     assert isinstance(changes, Changes), changes
     return changes
 
@@ -47,9 +47,9 @@ def kept(octets: bytes, cuts: Collection[tuple[int, int]]) -> bytes:
     return bytes(octet for place, octet in enumerate(octets) if not any(start <= place < end for start, end in cuts))
 
 
-def whole(rules: Rules, header: bytes, by: Submitter | None = None) -> bytes:
+def whole(handling: Handling, header: bytes, by: Submitter | None = None) -> bytes:
     """The header as it goes on."""
-    changes = change(rules, header, by)
+    changes = change(handling, header, by)
     return changes.added + kept(header, changes.cuts)
 
 
@@ -198,11 +198,11 @@ def test_bcc_is_taken_out() -> None:
 
 
 def test_where_users_log_in_on_an_mx_only_the_author_is_checked() -> None:
-    rules = REFUSE._replace(complete=False)
-    assert change(rules, b"Bcc: a@b.test\r\nSubject: x\r\n\r\n") == Changes(b"", ())
-    assert prepare(rules, b"From: eve@evil.test\r\n\r\n", submitter()) is R550_FROM_NOT_YOURS
+    handling = REFUSE._replace(complete=False)
+    assert change(handling, b"Bcc: a@b.test\r\nSubject: x\r\n\r\n") == Changes(b"", ())
+    assert prepare(handling, b"From: eve@evil.test\r\n\r\n", submitter()) is R550_FROM_NOT_YOURS
     for header in (b"hello\r\nFrom: eve@evil.test\r\n\r\n", b"From ann Mon Jan\r\nSubject: x\r\n\r\n"):
-        assert prepare(rules, header, submitter()) is R550_HEADER_MALFORMED
+        assert prepare(handling, header, submitter()) is R550_HEADER_MALFORMED
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,8 @@ def test_where_users_log_in_on_an_mx_only_the_author_is_checked() -> None:
 def test_a_bcc_that_cannot_be_taken_out_is_refused(header: bytes) -> None:
     """Whoever gets the message would read it."""
     assert prepare(OFF, header, submitter()) == R550_HEADER_MALFORMED
-    assert isinstance(prepare(Rules("off", remove_bcc=False), header, submitter()), Changes)
-    assert isinstance(prepare(Rules("off", complete=False), header, submitter()), Changes)
+    assert isinstance(prepare(Handling("off", remove_bcc=False), header, submitter()), Changes)
+    assert isinstance(prepare(Handling("off", complete=False), header, submitter()), Changes)
 
 
 def test_a_bcc_that_is_none() -> None:
@@ -234,9 +234,9 @@ def test_a_line_of_an_mbox_file_is_taken_out() -> None:
 
 
 @pytest.mark.parametrize("octets", [b"hello\r\n", b"hello\r\nFrom: eve@evil.test\r\n\r\n", b" folded\r\n", b"a\nb"])
-@pytest.mark.parametrize("rules", [REFUSE, OFF])
-def test_a_message_without_a_header_gets_one(rules: Rules, octets: bytes) -> None:
-    changes = change(rules, octets)
+@pytest.mark.parametrize("handling", [REFUSE, OFF])
+def test_a_message_without_a_header_gets_one(handling: Handling, octets: bytes) -> None:
+    changes = change(handling, octets)
     assert changes.headless
     message = email.message_from_bytes(changes.added + octets + b"body")
     assert sorted(message.keys()) == ["Date", "From", "Message-ID"]

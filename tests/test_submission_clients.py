@@ -21,9 +21,8 @@ from email.message import EmailMessage
 import pytest
 from needs import lacks, needs
 from servers import Mail, mailbox
-from submission_site import PASSWORD, Site, sections, site
+from submission_site import MAIN, PASSWORD, Site, site
 
-CONFIGURATION = sections()["The server"][0].text
 ANN, BOB = "ann@example.org", "bob@example.org"
 
 
@@ -139,7 +138,7 @@ def test_msmtp(place: Site, port: int, mechanism: str) -> None:
 
 @pytest.mark.parametrize("port", PORTS)
 def test_mutt(place: Site, port: int) -> None:
-    """With the mechanisms of its own choice it takes SCRAM-SHA-256-PLUS, with a binding that it has not."""
+    """With the mechanisms of its own choice it takes SCRAM-SHA-256-PLUS, with a binding that the server has not."""
     needs("mutt")
     subject = f"mutt {port}"
     scheme = "smtps" if port == 465 else "smtp"
@@ -309,6 +308,34 @@ def test_a_program_that_changes_its_mind(place: Site) -> None:
     client.close()
 
 
+def test_senders_that_change_in_the_midst_of_a_session(place: Site) -> None:
+    """Given and taken by `user senders`, while the user is there: the next message knows."""
+
+    def senders(*options: str) -> list[str]:
+        said, code = place.shell(f"fastsmtp user senders {ANN} {' '.join(options)}")
+        assert code == 0, said
+        return said.split()
+
+    def log_in() -> Played:
+        client = Played(place, 465)
+        client.say("EHLO c")
+        assert client.say(f"AUTH PLAIN {b64(f'{chr(0)}{ANN}{chr(0)}{PASSWORD}')}").startswith("235 ")
+        return client
+
+    client = log_in()
+    for options, known, code in (
+        ([], [ANN], "553"),
+        (["--add", "office@example.org"], [ANN, "office@example.org"], "250"),
+        (["--sender", "@example.org"], [ANN, "@example.org"], "250"),
+        (["--none"], [ANN], "553"),
+    ):
+        assert senders(*options) == known
+        assert client.say("MAIL FROM:<office@example.org>")[:3] == code
+        client.say("RSET")
+    client.close()
+    log_in().close()  # the password stays
+
+
 def test_mail_that_must_not_travel_in_clear(place: Site) -> None:
     """REQUIRETLS of a user is taken where it can be kept; by MX with opportunistic TLS it cannot be."""
     client = Played(place, 465)
@@ -366,7 +393,7 @@ def test_a_large_message_with_long_lines_leaves_as_it_came(place: Site) -> None:
 
 def test_long_lines_are_rewritten_where_that_is_wanted(place: Site) -> None:
     """The last test here: the server has another configuration then."""
-    place.serve(CONFIGURATION.replace("[submission]\n", "[submission]\nrewrite = true\nhide_client = true\n"))
+    place.serve(MAIN.replace("[submission]\n", "[submission]\nrewrite = true\nhide_client = true\n"))
     octets = LETTER % (b"rewritten", HTML, ATTACHED)
     send(place, octets)
     relayed = at_partner(place, "rewritten")

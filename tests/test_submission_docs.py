@@ -8,7 +8,7 @@ fetch. In what is printed `...` stands for any lines; ids, times and sizes may b
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 from xml.etree import ElementTree
@@ -16,62 +16,28 @@ from xml.etree import ElementTree
 import dns.message
 import dns.query
 import pytest
+from documents import ID, Section, commands, pattern
 from nameserver import nameserver
 from needs import needs
 from servers import mailbox
-from submission_site import CONFIG, HOST, PASSWORD, TEXT, Site, sections, site
-from test_delivery_docs import ID, pattern
+from submission_site import CONFIG, DOCUMENT, HOST, MAIN, PASSWORD, Site, site
 
 from fastsmtp import config, reply
 from fastsmtp.config import parse
 
-MAIN = sections()["The server"][0].text
-TESTS: set[str] = set()  # sections whose blocks are run
 
-
-class Section:
-    """The blocks of a section, in their order; all of them must have been taken in the end."""
-
-    def __init__(self, title: str) -> None:
-        self._blocks = sections()[title]
-
-    def take(self, language: str) -> str:
-        block = self._blocks.pop(0)
-        assert block.language == language, block
-        return block.text
-
-    def end(self) -> None:
-        assert self._blocks == [], "not tried"
-
-
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", name="site")
 def place() -> Iterator[Site]:
     needs("swaks", "curl", "openssl", "nmap", "msmtp")
     with site() as found:
         yield found
 
 
-def tries(title: str) -> Callable[[Callable[[Site, Section], None]], Callable[[Site], None]]:
-    """The test of a section: it must take all its blocks."""
-
-    def decorate(test: Callable[[Site, Section], None]) -> Callable[[Site], None]:
-        def run(place: Site) -> None:
-            section = Section(title)
-            test(place, section)
-            section.end()
-
-        TESTS.add(title)
-        return run
-
-    return decorate
-
-
 def run(place: Site, console: str, source: str = "") -> None:
     """Runs commands, each of which must print what stands below it; `source` is where nmap comes from."""
-    for part in re.split(r"^(?=[$#] )", console, flags=re.MULTILINE)[1:]:
-        command, _, expected = part.partition("\n")
+    for command, expected in commands(console):
         typed = [PASSWORD] * expected.count(":\n") if "fastsmtp user" in command else []
-        command = re.sub(ID, "", place.replace(command[2:]))
+        command = re.sub(ID, "", place.replace(command))
         if source:
             command = command.replace("nmap ", f"nmap -n -Pn -e lo -S {source} ")
         said, code = place.shell(command, typed)
@@ -87,12 +53,12 @@ def relayed(place: Site, n: int) -> None:
     place.server.wait(lambda: len(place.server.events("relayed")) >= n, f"{n} messages at the partner's")
 
 
-@tries("The certificate")
+@DOCUMENT.tries("The certificate")
 def test_the_certificate(place: Site, section: Section) -> None:
     run(place, section.take("console"))
 
 
-@tries("The server")
+@DOCUMENT.tries("The server")
 def test_the_server(place: Site, section: Section) -> None:
     configured = parse(section.take("toml"), Path("/"), "f")
     ports = {str(address).rpartition(":")[2]: row for row in configured.listener for address in row.address}
@@ -103,14 +69,18 @@ def test_the_server(place: Site, section: Section) -> None:
     }
 
 
-@tries("The users")
+@DOCUMENT.tries("The users")
 def test_the_users(place: Site, section: Section) -> None:
-    run(place, section.take("console"))
-    run(place, section.take("console"))
+    for _ in range(3):
+        run(place, section.take("console"))
 
 
-@tries("The first message")
+@DOCUMENT.tries("The first message")
 def test_the_first_message(place: Site, section: Section) -> None:
+    needs("systemd-analyze")
+    unit = place.folder / "fastsmtp.service"
+    unit.write_text(section.take("ini").replace("/usr/local/bin", f"{place.folder}/bin"))
+    assert place.shell(f"systemd-analyze --recursive-errors=no verify {unit}") == ("", 0)
     run(place, section.take("console"))
     place.serve(MAIN)
     run(place, section.take("console"))
@@ -120,7 +90,7 @@ def test_the_first_message(place: Site, section: Section) -> None:
     assert {line["host"] for line in place.server.events("relayed")} == {"mx.partner.example"}
 
 
-@tries("Who may not")
+@DOCUMENT.tries("Who may not")
 def test_who_may_not(place: Site, section: Section) -> None:
     before = len(place.server.events("accepted"))
     for _ in range(3):
@@ -130,7 +100,7 @@ def test_who_may_not(place: Site, section: Section) -> None:
     assert {line["client"] for line in refused} == {place.stranger}
 
 
-@tries("What is done to a message")
+@DOCUMENT.tries("What is done to a message")
 def test_what_are_said_to_be_the_defaults_are_they(place: Site, section: Section) -> None:
     assert parse(section.take("toml"), Path("/"), "f").submission == config.Submission()
 
@@ -150,7 +120,7 @@ def outgoing(kind: Literal["xml", "zone"], place: Site, text: str) -> list[tuple
     return [(host, port) for _, host, port in sorted(found)]
 
 
-@tries("Mail programs")
+@DOCUMENT.tries("Mail programs")
 def test_mail_programs(place: Site, section: Section) -> None:
     (place.folder / ".msmtprc").write_text(place.replace(section.take("text")))
     (place.folder / ".msmtprc").chmod(0o600)
@@ -164,25 +134,25 @@ def test_mail_programs(place: Site, section: Section) -> None:
         assert outgoing(kind, place, section.take(kind)) == [(HOST, 465), (HOST, 587)]
 
 
-@tries("Machines without passwords")
+@DOCUMENT.tries("Machines without passwords")
 def test_machines_without_passwords(place: Site, section: Section) -> None:
     trusted = section.take("toml").replace("192.0.2.40/32", f"{place.friend}/32")
     place.serve(re.sub(r"^\[relay\]\n.*\n", trusted, MAIN, flags=re.MULTILINE))
     console = section.take("console")
     run(place, console, place.friend)
-    strangers = sections()["Who may not"][2].text.replace("25,465,587", "25")
+    strangers = DOCUMENT.sections["Who may not"][2].text.replace("25,465,587", "25")
     run(place, re.sub(r"465/tcp.*authentication needed\n", "", strangers, flags=re.DOTALL), place.stranger)
 
 
-def test_what_comes_for_us_is_delivered(place: Site) -> None:
-    command = f"swaks --server {place.ip} --from eve@partner.example --to ann@example.org"
-    assert place.shell(command)[1] == 0
-    place.server.wait(lambda: mailbox(place.server.mail, "example.org", "ann"), "the message in the mailbox")
+def test_what_comes_for_us_is_delivered(site: Site) -> None:
+    command = f"swaks --server {site.ip} --from eve@partner.example --to ann@example.org"
+    assert site.shell(command)[1] == 0
+    site.server.wait(lambda: mailbox(site.server.mail, "example.org", "ann"), "the message in the mailbox")
 
 
-@tries("When it does not work")
+@DOCUMENT.tries("When it does not work")
 def test_the_replies_are_those_of_the_server(place: Site, section: Section) -> None:
-    rows = re.findall(r"^\| `(\d{3}) (\d\.\d+\.\d+) ([^`]+)` \|", TEXT, re.MULTILINE)
+    rows = re.findall(r"^\| `(\d{3}) (\d\.\d+\.\d+) ([^`]+)` \|", DOCUMENT.text, re.MULTILINE)
     known = {
         (str(value.code), value.enhanced, value.text)
         for value in vars(reply).values()
@@ -193,5 +163,5 @@ def test_the_replies_are_those_of_the_server(place: Site, section: Section) -> N
 
 
 def test_each_section_is_tried() -> None:
-    assert {title for title, blocks in sections().items() if blocks} <= TESTS
-    assert f"{CONFIG}`" in TEXT
+    DOCUMENT.check_all_tried()
+    assert f"{CONFIG}`" in DOCUMENT.text

@@ -21,10 +21,10 @@ from fastsmtp.policy import Check
 from fastsmtp.policy.quota import Quota
 from fastsmtp.policy.senders import Senders
 from fastsmtp.rights import Rights
-from fastsmtp.submission import Rules
+from fastsmtp.submission import Handling
 from fastsmtp.verdict import Ask, Client, Stage, Verdict
 
-RULES = Rules()
+HANDLING = Handling()
 RIGHTS = Rights(frozenset({"ann@here.test"}), frozenset({"ann.test"}))
 
 
@@ -47,12 +47,12 @@ class Store:
 
 @contextmanager
 def submission(
-    rules: Rules | None = RULES, *checks: Check, store: Store | None = None, **terms: Any
+    handling: Handling | None = HANDLING, *checks: Check, store: Store | None = None, **terms: Any
 ) -> Iterator[Bench]:
     options = {"auth_clear": True, "early_refused": False} | terms
     role = options.pop("role", "submission")
     found = [Senders(store or Store()), *checks]
-    with bench(role, users=Users(), checks=found, rules=rules, reports="all", **options) as desk:
+    with bench(role, users=Users(), checks=found, handling=handling, reports="all", **options) as desk:
         yield desk
 
 
@@ -109,7 +109,7 @@ def test_a_message_without_a_header_gets_one() -> None:
 
 
 def test_the_client_is_hidden() -> None:
-    with submission(Rules(hide_client=True)) as desk:
+    with submission(Handling(hide_client=True)) as desk:
         submit(log_in(desk), "Subject: x", "")
         (kept,) = desk.keeper.kept
         assert kept.message.prefix.startswith(b"Received: from localhost (hidden)\r\n\tby ")
@@ -129,7 +129,7 @@ def test_another_author_is_refused_and_the_session_goes_on() -> None:
 
 
 def test_a_sender_is_added() -> None:
-    with submission(Rules("add_sender")) as desk:
+    with submission(Handling("add_sender")) as desk:
         assert submit(log_in(desk), "From: eve@away.test", "", "Hi").startswith("250 ")
         assert b"\r\nSender: ann@here.test\r\n" in desk.keeper.kept[0].message.prefix
 
@@ -172,7 +172,7 @@ def test_rights_are_those_of_this_message() -> None:
 def test_who_is_no_user_is_left_alone() -> None:
     store = Store()
     lines = ("Bcc: c@away.test", "From: eve@away.test", "", "Hi")
-    with submission(Rules(complete=False), store=store, role="mx") as desk:
+    with submission(Handling(complete=False), store=store, role="mx") as desk:
         player = desk.connect()
         player.say("EHLO c")
         assert submit(player, *lines, sender="eve@away.test", recipient="ann@here.test").startswith("250 ")
@@ -187,7 +187,7 @@ def test_who_is_no_user_is_left_alone() -> None:
     assert store.asked == ["ann", "ann"]
 
 
-def test_without_rules_nothing_is_done() -> None:
+def test_without_handling_nothing_is_done() -> None:
     with submission(None) as desk:
         assert submit(log_in(desk), "From: eve@away.test", "Bcc: x@y.test", "").startswith("250 ")
         assert desk.keeper.kept[0].message.cuts == ()
@@ -228,7 +228,7 @@ def test_require_tls_of_a_user_goes_into_the_queue(keeps: str, offered: bool) ->
 @pytest.mark.parametrize("bdat", [False, True])
 def test_long_lines_are_rewritten(bdat: bool, step: int) -> None:
     message = b"From: ann@here.test\r\nBcc: x@y.test\r\n\r\n" + LONG + b"\r\n"
-    with submission(Rules(rewrite=True)) as desk:
+    with submission(Handling(rewrite=True)) as desk:
         player = log_in(desk)
         player.say("MAIL FROM:<ann@here.test>", "RCPT TO:<eve@away.test>")
         if bdat:
@@ -258,7 +258,7 @@ def test_long_lines_stay_where_they_are_not_rewritten() -> None:
 
 def test_binary_mime_is_not_offered_to_users() -> None:
     """What the next host takes is not known yet; and then there is nothing to rewrite."""
-    with submission(Rules(rewrite=True)) as desk:
+    with submission(Handling(rewrite=True)) as desk:
         player = log_in(desk)
         assert "250-CHUNKING" in player.say("EHLO c")
         assert player.say("MAIL FROM:<ann@here.test> BODY=BINARYMIME")[0].startswith("501 5.5.4 ")
@@ -266,7 +266,7 @@ def test_binary_mime_is_not_offered_to_users() -> None:
 
 def test_a_refused_message_leaves_nothing_behind() -> None:
     """In the rewriter: the next message begins anew."""
-    with submission(Rules(rewrite=True), message_size=5000) as desk:
+    with submission(Handling(rewrite=True), message_size=5000) as desk:
         player = log_in(desk)
         assert submit(player, "Subject: x", "", "y" * 6000).startswith("552 ")
         assert submit(player, "From: eve@away.test", "", LONG.decode()).startswith("550 5.7.1")
@@ -347,7 +347,7 @@ def test_messages_and_recipients_are_counted_apart_and_over_all_workers() -> Non
 
 def test_quotas_in_a_session() -> None:
     checks = [quota(stage, Clock(), rate) for stage, rate in ((Stage.MAIL, "2/h"), (Stage.RCPT, "3/d"))]
-    with submission(Rules(), *checks) as desk:
+    with submission(Handling(), *checks) as desk:
         player = log_in(desk)
         player.say("MAIL FROM:<ann@here.test>", "RCPT TO:<a@away.test>", "RCPT TO:<b@away.test>", "RSET")
         player.say("MAIL FROM:<eve@here.test>")  # refused for another reason
@@ -355,7 +355,7 @@ def test_quotas_in_a_session() -> None:
         assert submit(player, "Subject: x", "").startswith("450 4.7.1 Your quota of messages (2/h)")
         assert [line["reason"] for line in desk.logged("refused")] == ["path-not-yours", "quota-messages"]
     checks = [quota(Stage.RCPT, Clock(), "1/d")]
-    with submission(Rules(), *checks) as desk:
+    with submission(Handling(), *checks) as desk:
         player = log_in(desk)
         player.say("MAIL FROM:<ann@here.test>", "RCPT TO:<a@away.test>")
         (reply,) = player.say("RCPT TO:<b@away.test>")

@@ -18,6 +18,8 @@ from typing import Any
 
 import pytest
 
+from fastsmtp.supervisor import _is_ending
+
 ROOT = Path(__file__).parent.parent
 QUICK = {"round": 0.1, "heartbeat": 0.5, "first_heartbeat": 5.0, "shutdown": 0.3, "early": 0.3}
 
@@ -420,6 +422,32 @@ def test_a_worker_that_ends_badly_shows_in_the_exit_code(start: Start) -> None:
     os.kill(server.pid, signal.SIGTERM)
     assert server.wait() == 1
     assert server.find("worker-died")[0]["why"] == "exit code 5"
+
+
+def test_a_worker_that_was_killed_before_is_no_matter_of_the_end(start: Start) -> None:
+    server = start("serve", workers=2)
+    server.addresses()
+    victim = server.find("worker")[0]["pid"]
+    os.kill(server.pid, signal.SIGSTOP)  # it hears of both at once
+    os.kill(victim, signal.SIGKILL)
+    while is_running(victim):
+        time.sleep(0.01)
+    os.kill(server.pid, signal.SIGTERM)
+    os.kill(server.pid, signal.SIGCONT)
+    assert server.wait() == 0
+    (died,) = server.find("worker-died")
+    assert (died["pid"], died["why"]) == (victim, "SIGKILL")
+    assert server.find("stopped")[0]["killed"] == 0
+
+
+def test_a_worker_that_was_killed_is_known_before_it_can_be_waited_for() -> None:
+    with subprocess.Popen(["sleep", "100"]) as child:
+        assert not _is_ending(child.pid)
+        child.terminate()
+        while not _is_ending(child.pid):
+            time.sleep(0.001)
+        assert child.wait() == -signal.SIGTERM
+    assert not _is_ending(child.pid)
 
 
 def test_a_worker_that_is_not_ready_yet_may_just_die(start: Start) -> None:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import pytest
 from click.testing import CliRunner
 
+from fastsmtp.credentials import UnavailableError
 from fastsmtp.credentials.file import HEADER, read_users
 from fastsmtp.credentials.hashes import verify
 from fastsmtp.credentials.scram import fits
@@ -100,6 +101,63 @@ def test_a_user_from_beginning_to_end(config: Path) -> None:
     )
 
 
+def test_what_a_user_may_send_as(config: Path) -> None:
+    """Without a new password, and without a word about the others."""
+    users = config.parent / "users"
+    works(config, "add", "bob", "--sender", "office@x.test", said="first\n")
+    works(config, "add", "ann@x.test", "--no-scram", said="second\n")
+    before, inode = users.read_text(), users.stat().st_ino
+
+    def senders(*options: str, name: str = "bob") -> list[str]:
+        return works(config, "senders", name, *options).splitlines()
+
+    assert senders() == ["bob@here.test", "office@x.test"]
+    assert users.stat().st_ino == inode
+    assert senders("--sender", "@Bücher.example", "--sender", "Sales@X.test") == [
+        "bob@here.test", "sales@x.test", "@xn--bcher-kva.example",
+    ]  # fmt: skip
+    assert json.loads(works(config, "senders", "BOB", "--json")) == {
+        "name": "bob",
+        "senders": ["bob@here.test", "sales@x.test", "@xn--bcher-kva.example"],
+    }
+    assert senders("--add", "*", "--add", "sales@x.test", "--remove", "@bücher.example") == [
+        "bob@here.test", "sales@x.test", "*",
+    ]  # fmt: skip
+    assert senders("--none") == ["bob@here.test"]
+    assert senders("--none", name="ann@x.test") == ["ann@x.test"]
+    assert senders("--add", "office@x.test") == ["bob@here.test", "office@x.test"]
+    assert users.read_text() == before  # passwords, keys, the other user, the order
+
+    for both in (["--none", "--add", "a@x.test"], ["--sender", "a@x.test", "--remove", "@b.test"]):
+        assert "one of them at a time" in fails(config, "senders", "bob", *both, code=2)
+    for option in ("--sender", "--add", "--remove"):
+        assert f"{option}: 'x' is neither" in fails(config, "senders", "bob", option, "x", code=2)
+    for word in ("bob@here.test", "@x.test"):
+        said = fails(config, "senders", "bob", "--remove", "office@x.test", "--remove", word)
+        assert said == f"fastsmtp: {word} is not among what user bob was given\n"
+    for one in ([], ["--none"]):
+        assert fails(config, "senders", "eve", *one) == "fastsmtp: there is no user eve\n"
+    assert users.read_text() == before
+    config.write_text('[auth]\nusers_file = "users"\n')
+    assert senders("--none") == []  # a name that is no address, and no domain for it
+    assert works(config, "senders", "bob") == ""
+
+
+def test_a_line_that_somebody_broke_meanwhile(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    users = config.parent / "users"
+    works(config, "add", "bob", said="x\n")
+
+    def prompt(twice: bool) -> str:
+        users.write_text(HEADER + "\nbob:x\n")
+        return "y"
+
+    monkeypatch.setattr("fastsmtp.user_command._ask_password", prompt)
+    broken = "fastsmtp: user bob: a line is name:password:scram:senders\n"
+    assert fails(config, "passwd", "bob") == broken
+    assert fails(config, "senders", "bob", "--none") == broken
+    assert users.read_text() == HEADER + "\nbob:x\n"
+
+
 def test_a_process_of_its_own(config: Path) -> None:
     def call(*arguments: str, said: bytes) -> subprocess.CompletedProcess[bytes]:
         command = [sys.executable, "-m", "fastsmtp", "user", *arguments]
@@ -159,6 +217,16 @@ def test_what_is_no_password(config: Path, said: str | bytes, problem: str) -> N
 @pytest.mark.parametrize("name", ["a:b", "a b", "", "#ann", "a,b", "a\x07", "a\nb"])
 def test_what_is_no_name(config: Path, name: str) -> None:
     assert "is no user name" in fails(config, "add", name, said="x\n", code=2)
+
+
+def test_a_hash_that_cannot_be_computed(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    works(config, "add", "ann", said="x\n")
+
+    def verify(stored: str, password: str) -> bool:
+        raise UnavailableError("argon2: Memory allocation error")
+
+    monkeypatch.setattr("fastsmtp.user_command.verify", verify)
+    assert fails(config, "check", "ann", said="x\n") == "fastsmtp: argon2: Memory allocation error\n"
 
 
 def test_what_is_no_sender(config: Path) -> None:

@@ -24,6 +24,7 @@ from wire import Bench, make_service
 
 from fastsmtp.certificates import read_pair
 from fastsmtp.connection import Connection
+from fastsmtp.gate import Gate
 from fastsmtp.tls import Demands, Entrance, bare_context
 
 T = TypeVar("T")
@@ -103,8 +104,8 @@ def serve(
             early_refused=False,
             **options,
         )
-        context = entrance.context if implicit else None
-        listening = await loop.create_server(lambda: Connection(made.service), "127.0.0.1", 0, ssl=context)
+        kind = Gate if implicit else Connection
+        listening = await loop.create_server(lambda: kind(made.service), "127.0.0.1", 0)
         try:
             result = await asyncio.to_thread(client, listening.sockets[0].getsockname()[1])
             for _ in range(500):

@@ -65,9 +65,13 @@ class FakeTransport(asyncio.Transport):
         self.lost = False
         self.stuck = False  # the client takes nothing
         self.waiting = 0  # octets that it has not taken
+        self.socket: Any = None
 
     def get_extra_info(self, name: str, default: Any = None) -> Any:
-        return self.peer if name == "peername" else default
+        return {"peername": self.peer, "socket": self.socket}.get(name, default)
+
+    def get_write_buffer_size(self) -> int:
+        return self.waiting
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         assert not self.eof, "written after write_eof"

@@ -21,7 +21,7 @@ from secrets import token_hex
 from typing import Protocol, TypeAlias
 
 from .. import log as logs
-from ..address import AddressError, parse_address
+from ..address import Address, AddressError, parse_address
 from ..reply import R454_AUTH_UNAVAILABLE, R454_TOO_MANY_FAILURES, R535_BAD_CREDENTIALS
 from ..rights import NO_RIGHTS, Rights
 from ..verdict import Ask, Client, Identity, Keys, Password, Proved, ScramKeys, Stage, Token, Verdict
@@ -96,10 +96,10 @@ def canonical(name: str) -> str:
 
 
 def own_rights(name: str, domain: str) -> Rights:
-    """A user's own address: the name, where it is one, else the name at `domain`."""
-    address = name if "@" in name or not domain else f"{name}@{domain}"
+    """A user's own address: the name, where it is one, else the name at `domain`; a name with quotes in it is another
+    than that without."""
     try:
-        parsed = parse_address(address)
+        parsed = parse_address(name if "@" in name else Address(name, domain).wire)
     except AddressError:
         return NO_RIGHTS
     return Rights(frozenset((parsed.mailbox,))) if parsed.domain else NO_RIGHTS

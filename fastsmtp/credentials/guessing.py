@@ -15,12 +15,7 @@ from ipaddress import IPv6Address, ip_address
 
 from .._shared import Shared
 from ..config_values import Rate
-
-# Kinds of keys in the shared memory.
-ADDRESS = 100
-USER = 101
-LATELY = 102
-OWN = 103
+from ..shared_keys import KeyKind
 
 LATELY_SECONDS = 86_400.0
 # What a no takes: a second, and so much more for each failure that is still in the bucket.
@@ -55,11 +50,11 @@ class Guessing:
         key = self.shared.key
         name = user.encode()
         both = network + b"\0" + name
-        lately = key(LATELY, both) if name else 0
-        address = key(ADDRESS, network) if network and not self._unlimited(ip) else 0
+        lately = key(KeyKind.LOGGED_IN_LATELY, both) if name else 0
+        address = key(KeyKind.GUESSES_OF_ADDRESS, network) if network and not self._unlimited(ip) else 0
         if address and lately and self.shared.owes(lately, LATELY_SECONDS, 1.0, self.now()) > 0.0:
-            address = key(OWN, both)
-        return Attempt(self, address, key(USER, name) if name else 0, lately)
+            address = key(KeyKind.GUESSES_OF_BOTH, both)
+        return Attempt(self, address, key(KeyKind.GUESSES_FOR_USER, name) if name else 0, lately)
 
 
 class Attempt:

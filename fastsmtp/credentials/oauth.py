@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from jwt import PyJWK
 
 LEEWAY = 60  # seconds that clocks may differ
+LATEST = 1 << 53  # of seconds since the epoch
 ANSWER_LIMIT = 64 << 10
 KEYS_LIMIT = 256 << 10
 KEYS_SECONDS = 3600.0  # after which keys are asked for again
@@ -92,7 +93,7 @@ class Oauth:
 
     def _judge(self, claims: Claims, said: str) -> Answer:
         section, now = self._section, self._now()
-        ends, begins = claims.get("exp", math.inf), claims.get("nbf", -math.inf)
+        ends, begins = claims.get("exp", LATEST - 1), claims.get("nbf", 0)
         if not _is_time(ends) or not _is_time(begins) or not begins - LEEWAY <= now < ends + LEEWAY:
             return INVALID
         if section.issuer and claims.get("iss") != section.issuer:
@@ -114,7 +115,8 @@ class Oauth:
 
 
 def _is_time(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Not what JSON has besides: true, NaN, and what overflows a float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < LATEST
 
 
 def _words(value: object, separator: str | None) -> list[str]:
@@ -166,9 +168,10 @@ class Signatures:
 
         try:
             header = jwt.get_unverified_header(token)
-        except jwt.PyJWTError:
+        except (jwt.PyJWTError, ValueError, RecursionError):  # of some versions, at JSON in great depth
             return None
-        if header.get("alg") not in self._section.algorithms:
+        # Of critical extensions (RFC 7515 4.1.11) none is known here; old versions of the library pass them over.
+        if header.get("alg") not in self._section.algorithms or "crit" in header:
             return None
         key = await self._find_key(header.get("kid"))
         if key is None:
@@ -178,7 +181,7 @@ class Signatures:
                 token, key.key, algorithms=list(self._section.algorithms), audience=self._section.audience,
                 issuer=self._section.issuer, leeway=LEEWAY, options={"require": ["exp", "iss", "aud"]},
             )  # fmt: skip
-        except (jwt.PyJWTError, ValueError, TypeError):
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
             return None
         return claims
 

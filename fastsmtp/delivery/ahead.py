@@ -30,7 +30,7 @@ class AheadError(Exception):
 
 
 class Ahead:
-    """`transport` is one of its own, made with KEPT; `hostname` is ours."""
+    """`transport` is one of its own, made with KEPT."""
 
     def __init__(self, transport: Smtp) -> None:
         self._transport = transport

@@ -306,6 +306,8 @@ class Link(asyncio.Protocol):
             transport.abort()
             self._on_gone(self)
             raise
+        except Exception as error:  # whatever it is, whoever waits is answered
+            why = repr(error)
         self._handshake = None
         implicit = self.dialogue.secure
         if secured is not None and (self._early or (between.octets and not implicit)):

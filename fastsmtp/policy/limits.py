@@ -12,7 +12,6 @@ from __future__ import annotations
 import socket
 import time
 from collections.abc import Callable
-from enum import IntEnum
 
 from .. import log as logs
 from .._shared import Shared
@@ -31,6 +30,7 @@ from ..reply import (
     named,
     reason,
 )
+from ..shared_keys import KeyKind
 from ..verdict import Ask, Client, Stage, Verdict
 from . import Check
 
@@ -43,17 +43,6 @@ RECIPIENT_RATE = Verdict("recipient-rate", R450_RECIPIENT_RATE)
 FAILURE_RATE = Verdict("failure-rate", R450_FAILURE_RATE)
 
 
-class Kind(IntEnum):
-    """What a key of the shared memory is about."""
-
-    ADDRESS = 0
-    NETWORK = 1
-    SESSIONS = 2
-    MESSAGES = 3
-    RECIPIENTS = 4
-    FAILURES = 5
-
-
 class _Keys:
     """The keys of a client."""
 
@@ -63,12 +52,12 @@ class _Keys:
         family = socket.AF_INET6 if ":" in ip else socket.AF_INET
         octets = socket.inet_pton(family, ip.partition("%")[0])
         client = octets[:8]
-        self.address = shared.key(Kind.ADDRESS, octets)
-        self.network = shared.key(Kind.NETWORK, octets[: 3 if family == socket.AF_INET else 8])
-        self.sessions = shared.key(Kind.SESSIONS, client)
-        self.messages = shared.key(Kind.MESSAGES, client)
-        self.recipients = shared.key(Kind.RECIPIENTS, client)
-        self.failures = shared.key(Kind.FAILURES, client)
+        self.address = shared.key(KeyKind.SESSIONS_OF_ADDRESS, octets)
+        self.network = shared.key(KeyKind.SESSIONS_OF_NETWORK, octets[: 3 if family == socket.AF_INET else 8])
+        self.sessions = shared.key(KeyKind.NEW_SESSIONS, client)
+        self.messages = shared.key(KeyKind.MESSAGES, client)
+        self.recipients = shared.key(KeyKind.RECIPIENTS, client)
+        self.failures = shared.key(KeyKind.FAILURES, client)
 
 
 class _Refusal:
@@ -83,7 +72,8 @@ class _Refusal:
 
 
 class Limits:
-    """The limits of one worker. `is_free` says of an address whether it has none."""
+    """The limits of one worker. `is_free` says of an address whether it has none; it may say something else when
+    `version` is another object than before."""
 
     def __init__(
         self,
@@ -95,6 +85,7 @@ class Limits:
         shared: Shared,
         worker: int,
         now: Callable[[], float] = time.monotonic,
+        version: Callable[[], object] = lambda: None,
     ) -> None:
         self._section = section
         self._is_free = is_free
@@ -102,7 +93,12 @@ class Limits:
         self.shared = shared
         self._worker = worker
         self.now = now
+        self._version = version
+        self._known_as_of = version()
+        self._uncounted: dict[str, int] = {}  # open sessions of those who were free when they came
         self._known: dict[str, _Keys | None] = {}
+        self._per_address = section.sessions_per_address
+        self._per_network = section.sessions_per_network
         self._sessions, self._session_interval = _parts(section.new_sessions)
         self._fails, self._fail_interval = _parts(section.failures)
         self._address_full = _Refusal(R421_ADDRESS_FULL, hostname)
@@ -117,14 +113,15 @@ class Limits:
         unmapped, and empty for a program on a unix socket."""
         keys = self._keys_of(ip)
         if keys is None:
+            self._uncounted[ip] = self._uncounted.get(ip, 0) + 1
             return None
-        section, shared, worker = self._section, self.shared, self._worker
+        shared, worker = self.shared, self._worker
         now = self.now()
         if self._fails and shared.owes(keys.failures, self._fail_interval, self._fails, now):
             return self._turn_away(ip, self._failure_rate)
-        if section.sessions_per_address and not shared.enter(worker, keys.address, section.sessions_per_address):
+        if self._per_address and not shared.enter(worker, keys.address, self._per_address):
             return self._turn_away(ip, self._address_full)
-        if section.sessions_per_network and not shared.enter(worker, keys.network, section.sessions_per_network):
+        if self._per_network and not shared.enter(worker, keys.network, self._per_network):
             self._leave(keys, network=False)
             return self._turn_away(ip, self._network_full)
         if self._sessions and shared.spend(keys.sessions, self._session_interval, self._sessions, now):
@@ -134,8 +131,15 @@ class Limits:
 
     def leave(self, ip: str) -> None:
         """The session of a client that was let in is over."""
-        if (keys := self._keys_of(ip)) is not None:
-            self._leave(keys)
+        uncounted = self._uncounted.get(ip)
+        if uncounted is not None:
+            if uncounted > 1:
+                self._uncounted[ip] = uncounted - 1
+            else:
+                del self._uncounted[ip]
+            return
+        # Who was counted has become free meanwhile: what it holds is given back all the same.
+        self._leave(self._keys_of(ip) or _Keys(self.shared, ip))
 
     def fail(self, client: Client) -> None:
         """The client was refused for good, or sent what is no command."""
@@ -164,6 +168,10 @@ class Limits:
 
     def tick(self) -> None:
         """Called about once a second."""
+        version = self._version()
+        if version is not self._known_as_of:
+            self._known_as_of = version
+            self._known.clear()
         if self._turned_away and self.now() - self._since >= INTERVAL:
             self._tell()
 
@@ -187,9 +195,9 @@ class Limits:
             return keys
 
     def _leave(self, keys: _Keys, network: bool = True) -> None:
-        if self._section.sessions_per_address:
+        if self._per_address:
             self.shared.leave(self._worker, keys.address)
-        if self._section.sessions_per_network and network:
+        if self._per_network and network:
             self.shared.leave(self._worker, keys.network)
 
     def _turn_away(self, ip: str, refusal: _Refusal) -> bytes:
@@ -204,9 +212,9 @@ class Limits:
         return refusal.wire
 
 
-def _parts(rate: Rate | None) -> tuple[int, float]:
+def _parts(rate: Rate | None) -> tuple[float, float]:
     """Burst and interval, as the shared memory has them; 0: there is no limit."""
-    return (0, 0.0) if rate is None else (rate.count, rate.interval)
+    return (0.0, 0.0) if rate is None else (float(rate.count), rate.interval)
 
 
 class _Limit:

@@ -31,7 +31,7 @@ class LookupFailedError(Exception):
 
 class Asked:
     """`ask` raises LookupFailedError. Times are in seconds. `folds`: local-parts that differ in case only are one
-    mailbox. `accepts`: what cannot be found out is taken."""
+    mailbox. `accepts`: what cannot be found out is taken. `count` is called for each failure."""
 
     def __init__(
         self,
@@ -45,6 +45,7 @@ class Asked:
         folds: bool,
         log: logs.Log,
         now: Callable[[], float] = time.monotonic,
+        count: Callable[[], None] = lambda: None,
     ) -> None:
         self._source = source
         self._ask = ask
@@ -54,6 +55,7 @@ class Asked:
         self._folds = folds
         self._log = log
         self._now = now
+        self._count = count
         # The answers of now and of before, with the time until which they hold: older ones are thrown away together.
         self._young: dict[str, tuple[Found, float]] = {}
         self._old: dict[str, tuple[Found, float]] = {}
@@ -90,6 +92,7 @@ class Asked:
         return found
 
     def _fail(self, address: Address, why: str) -> Found:
+        self._count()
         self._failures += 1
         now = self._now()
         if now - self._told >= TELLING:

@@ -15,9 +15,10 @@ from math import ceil
 from .._shared import Shared
 from ..config_values import Rate
 from ..reply import Reply
+from ..shared_keys import KeyKind
 from ..verdict import Ask, Stage, Verdict
 
-KIND = 200  # of the keys in shared memory
+REMEMBERED = 10_000  # users whose keys are kept: making one takes 0.7 µs
 CODES = {Stage.MAIL: 450, Stage.RCPT: 452}
 COUNTED = {Stage.MAIL: "messages", Stage.RCPT: "recipients"}
 REASONS = {Stage.MAIL: "quota-messages", Stage.RCPT: "quota-recipients"}
@@ -31,21 +32,31 @@ class Quota:
         self._rates = rates
         self._shared = shared
         self._now = now
+        # A rate that is alone need not be asked before it is spent.
+        self._takes = (shared.owes, shared.spend) if len(rates) > 1 else (shared.spend,)
+        self._known: dict[str, list[int]] = {}
 
     def __call__(self, ask: Ask) -> Verdict | None:
         user = ask.client.user
         if not user:
             return None
-        shared, now = self._shared, self._now()
-        buckets = [
-            (shared.key(KIND, f"{self.stage}:{rate}:{user}".encode()), rate.interval, rate.count)
-            for rate in self._rates
-        ]
-        for take in (shared.owes, shared.spend):
-            waits = [take(key, interval, burst, now) for key, interval, burst in buckets]
+        keys, now = self._keys_of(user), self._now()
+        for take in self._takes:
+            waits = [take(key, rate.interval, rate.count, now) for key, rate in zip(keys, self._rates, strict=True)]
             if any(waits):
                 return self._refuse(waits)
         return None
+
+    def _keys_of(self, user: str) -> list[int]:
+        """One for each rate."""
+        keys = self._known.get(user)
+        if keys is None:
+            if len(self._known) >= REMEMBERED:
+                self._known.clear()
+            keys = self._known[user] = [
+                self._shared.key(KeyKind.QUOTA, f"{self.stage}:{rate}:{user}".encode()) for rate in self._rates
+            ]
+        return keys
 
     def _refuse(self, waits: Sequence[float]) -> Verdict:
         wait = max(waits)
