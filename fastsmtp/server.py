@@ -118,7 +118,10 @@ class Worker:
             return EXIT_CANNOT_START
         for door in self._doors:
             await door.open()
-        os.write(self._seat.ready, b"1")
+        try:
+            os.write(self._seat.ready, b"1")
+        except BrokenPipeError:  # the supervisor is gone meanwhile: `alive` says so in a moment, and this worker ends
+            pass
         os.close(self._seat.ready)
         # Whatever lives now lives on: not to be looked through again. Full collections wait for a quiet moment
         # (28 ms with 100,000 sessions).
