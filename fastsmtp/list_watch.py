@@ -189,8 +189,8 @@ class Preparation:
 
 
 class Watcher:
-    """Compiles lists whose text has changed. `become` as for `Preparation`; nothing here waits. `on_kept` is called when a
-    list stays as it was, because it is wrong now."""
+    """Compiles lists whose text has changed. `become` as for `Preparation`; nothing here waits. `on_kept` is called
+    when a list stays as it was, because it is wrong now."""
 
     def __init__(self, log: logs.Log, become: Become = None) -> None:
         self._log = log
