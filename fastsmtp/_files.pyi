@@ -9,7 +9,7 @@ Range: TypeAlias = tuple[bytes, int, int]
 # temporary name, mailbox, name, content in order, whether every CR is left out
 Item: TypeAlias = tuple[bytes, bytes, bytes, tuple[bytes | Range, ...], bool]
 
-def write_batch(directory: int, items: Sequence[Item], *, each: bool = False) -> list[int]:
+def write_batch(directory: int, items: Sequence[Item], *, each: bool = False, probe: int = -1) -> list[int]:
     """Puts each item at `mailbox/new/name,S=<octets written>`; returns an errno for each, 0: it is durable.
 
     `directory` is a descriptor of the folder in which relative temporary names are made, opened before the
@@ -19,14 +19,27 @@ def write_batch(directory: int, items: Sequence[Item], *, each: bool = False) ->
     right only for content without bare ones.
 
     One syncfs before the first rename and one behind the last serve the batch. With `each`, every file has
-    its own fdatasync and an fsync of `new/`, and a folder that was made is fsynced into its parent.
+    its own fdatasync and an fsync of `new/`, and a folder that was made is fsynced into its parent. What was flushed is
+    confirmed with the file `probe`, which lies on the same file system; -1: it is not.
 
-    Raises OSError when a syncfs fails: nothing of the batch counts as delivered, and `directory` must be
-    opened anew, for an error is reported once. ValueError for a NUL in a name; then nothing was written.
+    Raises OSError when a syncfs or the confirmation fails: nothing of the batch counts as delivered, and `directory`
+    must be opened anew, for an error is reported once. ValueError for a NUL in a name; then nothing was written.
     """
 
 def append_file(fd: int, parts: Sequence[bytes], sync: bool) -> None:
     """Appends all octets of `parts`, then fdatasync if `sync`. Raises OSError; no flush is ever repeated."""
+
+def confirm(fd: int, place: int) -> None:
+    """Confirms that what was flushed before, in any file of this file system, is there. Raises OSError: it may not be.
+
+    A flush may say OK for what never reached the disk: when ext4 gives up its journal, while a flush waits for a
+    transaction that another one had begun, it finds the transaction gone and takes it for complete. A file system that
+    turned read-only says OK too, up to Linux 6.14. But neither begins a new transaction, and a journal that was given
+    up stays so. So the octet at `place` is allocated, which it should be already: that begins one, and is done in 2 µs.
+
+    `fd` is open for writing, and is not what was flushed: its next flush would wait for this. What cannot allocate
+    (ext3's files, many network file systems) or has no room confirms everything.
+    """
 
 def fsync_dir(path: str | bytes | os.PathLike[str]) -> None:
     """Makes the names in a folder durable. Raises OSError."""

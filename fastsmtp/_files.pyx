@@ -6,13 +6,16 @@ first byte. What is borrowed while the GIL is released are immutable objects tha
 An error of one file (no room, quota, permission) is that file's only, and its temporary file is removed. A
 failed syncfs is nobody's in particular: OSError, and the whole batch counts as not delivered, even what has
 its name by then (it comes again). No flush is repeated: the second would say OK while the data is gone.
+A flush that says OK is not believed either: the file system has to confirm it (`confirm`).
 Not here: what the files hold and where they go (delivery/maildir.py), when to try again.
 syncfs(2) reports write errors since Linux 5.8, relative to when its descriptor was opened.
 """
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_AsStringAndSize, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.float cimport PyFloat_AS_DOUBLE
-from libc.errno cimport EEXIST, EINTR, ENAMETOOLONG, ENODATA, ENOENT, errno
+from libc.errno cimport (
+    EDQUOT, EEXIST, EINTR, EINVAL, ENAMETOOLONG, ENODATA, ENOENT, ENOSPC, ENOSYS, EOPNOTSUPP, errno
+)
 from libc.math cimport isfinite
 from libc.stdint cimport int64_t
 from libc.stdio cimport snprintf
@@ -21,10 +24,15 @@ from libc.string cimport memchr, memcpy, memmove, strcpy, strlen, strrchr
 
 import os
 
+cdef extern from "<sys/types.h>" nogil:
+    ctypedef long off_t
+
 cdef extern from "<fcntl.h>" nogil:
     int AT_FDCWD, O_RDONLY, O_WRONLY, O_CREAT, O_EXCL, O_CLOEXEC, O_NOFOLLOW, O_DIRECTORY, O_NONBLOCK
     int c_open "open"(const char *path, int flags)
     int c_openat "openat"(int directory, const char *path, int flags, unsigned int mode)
+    int FALLOC_FL_KEEP_SIZE
+    int c_fallocate "fallocate"(int fd, int mode, off_t offset, off_t length)
 
 cdef extern from "<stdio.h>" nogil:
     int c_renameat "renameat"(int from_directory, const char *name, int to_directory, const char *path)
@@ -36,9 +44,6 @@ cdef extern from "<sys/socket.h>" nogil:
 
 cdef extern from "<sys/stat.h>" nogil:
     int c_mkdir "mkdir"(const char *path, unsigned int mode)
-
-cdef extern from "<sys/types.h>" nogil:
-    ctypedef long off_t
 
 cdef extern from "<sys/uio.h>" nogil:
     cdef struct iovec:
@@ -362,6 +367,16 @@ cdef void run_each(int directory, File *files, Py_ssize_t count, char *buffer) n
             name_file(directory, &files[i], True)
 
 
+cdef int confirm_flushes(int fd, off_t place) noexcept nogil:
+    """See `confirm`."""
+    while c_fallocate(fd, FALLOC_FL_KEEP_SIZE, place, 1):
+        if errno in (EOPNOTSUPP, ENOSYS, EINVAL, ENOSPC, EDQUOT):
+            return 0
+        if errno != EINTR:
+            return errno
+    return 0
+
+
 cdef int borrow_segment(object item, Segment *segment) except -1:
     cdef char *path
     if isinstance(item, bytes):
@@ -383,10 +398,11 @@ cdef const char *borrow_name(object name) except NULL:
     return text
 
 
-def write_batch(int directory, items, *, bint each=False):
+def write_batch(int directory, items, *, bint each=False, int probe=-1):
     cdef tuple batch = tuple(items)  # holds every object borrowed below: tuples of bytes and tuples
     cdef Py_ssize_t count = len(batch)
     cdef Py_ssize_t total = 0
+    cdef Py_ssize_t good = 0
     cdef Py_ssize_t i
     cdef tuple parts
     cdef File *files = NULL
@@ -423,6 +439,10 @@ def write_batch(int directory, items, *, bint each=False):
                 run_each(directory, files, count, buffer)
             else:
                 error = run_batch(directory, files, count, buffer)
+            for i in range(count):
+                good += not files[i].error
+            if good and not error and probe >= 0:
+                error = confirm_flushes(probe, 0)
         if error:
             raise OSError(error, os.strerror(error))
         return [files[i].error for i in range(count)]
@@ -471,6 +491,14 @@ def append_file(int fd, parts, bint sync):
                 error = errno
     finally:
         free(vector)
+    if error:
+        raise OSError(error, os.strerror(error))
+
+
+def confirm(int fd, off_t place):
+    cdef int error
+    with nogil:
+        error = confirm_flushes(fd, place)
     if error:
         raise OSError(error, os.strerror(error))
 

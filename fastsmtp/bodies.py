@@ -3,8 +3,9 @@
 In: a connection's chunks. Out: octets for the database, or the path of a file that is durable, name and all, with
 its CRC-32. A body goes to a file when it grows over `inline` octets or when memory is short; it is written and
 flushed in the file thread in pieces, so that neither a commit nor the loop waits for it. More than 1 MB not yet
-flushed: the connection stops reading. A file without a row in the database was never acknowledged and is removed
-at the next start; what does not look like ours is left alone.
+flushed: the connection stops reading. The commit that names a file comes behind its flushes, and confirms them too
+(store.py). A file without a row in the database was never acknowledged and is removed at the next start; what does not
+look like ours is left alone.
 Not here: who decides that a message is kept. Errors of a file are kept for `seal`, which hands them on; a failed
 flush is never tried again. Message size and header size are the parser's to limit.
 """

@@ -224,6 +224,7 @@ class GroupCommit:
         self._answer(work.entries, STORED)
         self._settle(work)
         if answer:  # the answers are out before the checkpoint starts
+            self._round = Round()
             self._writer.run(self._store.checkpoint, self._checkpointed)
         else:
             self._next()
@@ -276,6 +277,9 @@ class GroupCommit:
                 self._report(error)
 
     def _checkpointed(self, answer: int | Exception) -> None:
+        if isinstance(answer, OSError):
+            self._fail(answer)
+            return
         if isinstance(answer, Exception):
             self._trouble.warn("checkpoint", str(answer))
         elif answer > LONG_LOG_PAGES:

@@ -8,6 +8,10 @@ After an error of `write` or `commit` the batch is undecided: its rows may be ba
 ends that. Pages that a failed flush left behind pass for clean in the kernel, so whatever is appended to such a log
 could be lost with them: the log's octets are written and flushed once more before SQLite reads them again, at
 each start too. Errors are apsw's and OSError; `open` raises SpoolError with one line for people.
+
+No flush is believed before the file system has confirmed it (_files.confirm). The log's index is what it is asked for:
+all of it is allocated, and it is never flushed itself. One confirmation stands for every flush before it, here and of
+body files: they lie on the same file system.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from pathlib import Path
 
 import apsw
 
+from ._files import confirm
 from .record import Row
 
 FORMAT = 2
@@ -52,7 +57,7 @@ _DUE_INDEX = "CREATE INDEX recipient_due ON recipient (due) WHERE due IS NOT NUL
 # `body` stands last: the columns before it are read without its overflow pages. Due times are milliseconds, and
 # NULL for new mail: inserts at a million rows drop to a fifth when each has its place in the index of due times.
 # `arrived`, in seconds, is the message's: the age of a million recipients is told without reading their messages.
-_SCHEMA = f"""
+SCHEMA = f"""
     CREATE TABLE message (
         key INTEGER PRIMARY KEY, id TEXT NOT NULL, arrived REAL NOT NULL, envelope BLOB NOT NULL,
         prefix BLOB NOT NULL, cuts TEXT NOT NULL, content INTEGER NOT NULL, header_end INTEGER NOT NULL,
@@ -207,14 +212,14 @@ class Store:
             if not self._number(f"SELECT count(*) FROM sqlite_schema WHERE name IN {TABLES}"):
                 raise SpoolError(f"{self.path}: a database of another program")
             raise DamagedError("it does not say that it is a spool")
-        if version > LATEST_FORMAT:
+        if not 0 <= version <= LATEST_FORMAT:
             raise DamagedError(f"it says that its format is {version}")
         if version not in (0, FORMAT, *_MIGRATIONS):
             raise SpoolError(f"{self.path}: format {version} was made by a newer version; known here is {FORMAT}")
 
     def _prepare(self, now: float) -> None:
         if not self._tables():
-            self._run.execute(f"BEGIN IMMEDIATE; {_SCHEMA}; COMMIT")
+            self._run.execute(f"BEGIN IMMEDIATE; {SCHEMA}; COMMIT")
         while (version := int(self._number("PRAGMA user_version"))) in _MIGRATIONS:
             self._run.execute("BEGIN IMMEDIATE")
             self._run.execute(_MIGRATIONS[version])
@@ -240,6 +245,7 @@ class Store:
             self._run.execute("COMMIT")
         # The log's old pages are of no trust: after this the database holds all, and the log is empty.
         self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_TRUNCATE)
+        self._confirm()
         return durable
 
     def close(self) -> None:
@@ -290,16 +296,22 @@ class Store:
     def commit(self) -> bool:
         """Makes it durable. Whether the log has grown enough for a checkpoint."""
         self._run.execute("COMMIT")
+        self._confirm()
         return self._pages() - self._written >= CHECKPOINT_PAGES
 
     def checkpoint(self) -> int:
-        """Writes the log into the database; how many pages stayed in it because of a reader."""
+        """Writes the log into the database; how many pages stayed in it because of a reader. After an OSError the next
+        commit would be written over what the database may not hold: `recover` is next."""
         self._written = self._pages()
         try:
             log, done = self._db.wal_checkpoint(mode=apsw.SQLITE_CHECKPOINT_PASSIVE)
         except apsw.BusyError:  # somebody else is at it
             log, done = CHECKPOINT_PAGES, 0
+        self._confirm()
         return log - done
+
+    def _confirm(self) -> None:
+        confirm(self._index, INDEX_OCTETS - 1)  # its last octet: the first ones change all the time
 
     def vacuum(self) -> bool:
         """Gives some free pages back; whether there is more to give."""

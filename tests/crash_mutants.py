@@ -22,7 +22,7 @@ import ctypes, os
 _libc = ctypes.CDLL(None)
 
 
-def write_batch(directory, items, *, each=False):
+def write_batch(directory, items, *, each=False, probe=-1):
     names = []
     for temporary, mailbox, name, parts, strip in items:
         octets = b""
@@ -63,6 +63,20 @@ MISTAKES: dict[str, tuple[tuple[str, str, str], ...]] = {
     "spool-fsync": (("store.py", "PRAGMA synchronous = FULL;", "PRAGMA synchronous = OFF;"),),
     "mailbox-fsync": _maildir("pass", "pass"),
     "directory-fsync": _maildir(_FLUSH, "pass"),
+    "full-taken": (
+        (
+            "room.py",
+            "        return (\n            self.ballast.there\n",
+            "        return (\n            True or self.ballast.there\n",
+        ),
+    ),
+    "full-lost": (
+        (
+            "commit.py",
+            "        self._answer(work.entries, refused)\n        work.entries = []\n        self._waiting.give_back",
+            "        self._answer(work.entries, STORED)\n        work.entries = []\n        self._waiting.give_back",
+        ),
+    ),
     "mark-first": (
         (
             "queue.py",

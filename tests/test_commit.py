@@ -8,6 +8,8 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
+from errno import EROFS
 from pathlib import Path
 
 import apsw
@@ -15,10 +17,12 @@ import pytest
 from keeping import CHILD_ENVIRONMENT, TESTS, Answers, Yard, finished, injected, keep, letter, octets, run, settle
 from needs import needs
 
+from fastsmtp._files import confirm
 from fastsmtp.commit import FAILED, NO_ROOM, UNDECIDED
 from fastsmtp.job import Job, Mark
 from fastsmtp.reply import R451_LOCAL_ERROR, R452_NO_ROOM
 from fastsmtp.spool import Spool
+from fastsmtp.store import Store
 from fastsmtp.verdict import STORED, Refused, Stored
 
 
@@ -78,20 +82,22 @@ def test_the_kernel_is_asked_to_flush_before_the_answer(tmp_path: Path) -> None:
     """The same, seen by strace: SQLite's own file system calls, and the answer written to a descriptor."""
     needs("strace")
     trace = tmp_path / "trace"
-    command = ["strace", "-f", "-y", "-e", "trace=fdatasync,fsync,write", "-o", str(trace)]
+    command = ["strace", "-f", "-y", "-e", "trace=fdatasync,fsync,fallocate,write", "-o", str(trace)]
     child = [sys.executable, str(TESTS / "spool_child.py"), str(tmp_path / "spool"), "20", "100"]
     done = subprocess.run([*command, *child], env=CHILD_ENVIRONMENT, capture_output=True, check=False)
     if b"ptrace" in done.stderr:
         pytest.skip("strace is not allowed here")
     assert done.returncode == 0, done.stderr
-    flushed = False
+    flushed = confirmed = False
     acked = 0
     for line in trace.read_text(errors="replace").splitlines():
         if ("spool.db-wal" in line and "sync(" in line) or "<... fdatasync resumed>" in line or "sync resumed" in line:
             flushed = True
+        elif flushed and "fallocate(" in line and "spool.db-shm>, FALLOC_FL_KEEP_SIZE, " in line:
+            confirmed = True
         elif "write(1<" in line and '"acked' in line:
-            assert flushed
-            flushed = False
+            assert confirmed
+            flushed = confirmed = False
             acked += 1
     assert acked == 20
 
@@ -403,6 +409,108 @@ def test_a_failed_checkpoint_costs_nothing_but_a_line(tmp_path: Path) -> None:
     (line,) = yard.lines("spool-warning")
     assert line["where"] == "checkpoint"
     assert len(ids_in(yard)) == 120
+
+
+# --- flushes that are not confirmed ---
+
+
+class Unconfirmed:
+    """Lets the next `times` confirmations fail, as those of a file system that has given up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.times = 0
+        self.asked = 0
+        monkeypatch.setattr("fastsmtp.store.confirm", self)
+
+    def __call__(self, fd: int, place: int) -> None:
+        confirm(fd, place)
+        self.asked += 1
+        if self.times:
+            self.times -= 1
+            raise OSError(EROFS, os.strerror(EROFS))
+
+
+@pytest.mark.parametrize("sizes", [(20, 20, 20), (100_000,)])
+def test_a_commit_that_is_not_confirmed_has_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sizes: tuple[int, ...]
+) -> None:
+    yard = Yard(tmp_path)
+    unconfirmed = Unconfirmed(monkeypatch)
+
+    async def main() -> set[str]:
+        async with yard.opened() as spool:
+            kept = {(await keep(spool)).id}
+            unconfirmed.times = 1
+            answers = Answers()
+            for size in sizes:
+                spool.append(*letter(spool, octets(size)), answers)
+            for answer in map(refused, await answers.wait(len(sizes))):
+                assert (answer.reason, answer.reply) == (FAILED, R451_LOCAL_ERROR)
+            await until(spool)
+            await room(spool)
+            return kept | {(await keep(spool)).id}
+
+    kept = run(main())
+    assert ids_in(yard) == kept
+    assert list(os.scandir(yard.directory / "body")) == []
+    (line,) = yard.lines("spool-trouble")
+    assert (line["where"], line["why"]) == ("commit", f"[Errno {EROFS}] {os.strerror(EROFS)}")
+
+
+def test_what_is_taken_back_must_be_confirmed_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    yard = Yard(tmp_path)
+    unconfirmed = Unconfirmed(monkeypatch)
+
+    async def main() -> None:
+        async with yard.opened() as spool:
+            unconfirmed.times = 2  # of the commit, and of the recovery
+            answers = Answers()
+            spool.append(*letter(spool), answers)
+            (answer,) = map(refused, await answers.wait(1))
+            assert (answer.reason, answer.reply) == (UNDECIDED, None)
+            await until(spool, healthy=False)
+            await until(spool)
+
+    run(main())
+    assert ids_in(yard) == set()
+
+
+def test_behind_a_checkpoint_that_is_not_confirmed_the_log_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next commit would begin it anew: what the database does not hold would be nowhere."""
+    yard = Yard(tmp_path)
+    unconfirmed = Unconfirmed(monkeypatch)
+    checkpoint, recover = Store.checkpoint, Store.recover
+    steps: list[object] = []
+    kept: set[str] = set()
+
+    def fail(store: Store) -> int:
+        steps.append("checkpoint")
+        unconfirmed.times = 1
+        return checkpoint(store)
+
+    def note(store: Store, *keys: Sequence[int]) -> bool:
+        held = Path(f"{store.path}-wal").read_bytes()
+        steps.append((keys, [one for one in kept if one.encode() not in held]))
+        return recover(store, *keys)
+
+    monkeypatch.setattr(Store, "checkpoint", fail)
+    monkeypatch.setattr(Store, "recover", note)
+
+    async def main() -> None:
+        async with yard.opened() as spool:
+            while not steps:
+                kept.add((await keep(spool, octets(60_000))).id)
+                await settle(spool)
+            await until(spool)
+            assert steps == ["checkpoint", (([], []), [])]  # nobody's message is taken back, and the log has all
+            await room(spool)
+            kept.add((await keep(spool)).id)
+            assert spool.backlog == len(kept)
+
+    run(main())
+    assert ids_in(yard) == kept
 
 
 def test_closing_commits_what_waits(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from errno import (
     ENOENT,
     ENOSPC,
     ENOTDIR,
+    EROFS,
     ESPIPE,
     EXDEV,
 )
@@ -39,7 +40,7 @@ from hypothesis import strategies as st
 from needs import needs, volume
 
 import fastsmtp
-from fastsmtp._files import append_file, fsync_dir, make_dirs, send_last, write_batch
+from fastsmtp._files import append_file, confirm, fsync_dir, make_dirs, send_last, write_batch
 
 if TYPE_CHECKING:
     from fastsmtp._files import Item, Range
@@ -55,6 +56,7 @@ class Place:
         self.temporary = root / "temporary"
         self.temporary.mkdir(parents=True)
         self.directory = os.open(self.temporary, os.O_RDONLY | os.O_DIRECTORY)
+        self.probe = os.open(self.temporary, os.O_WRONLY | os.O_TMPFILE)
         self.count = 0
 
     def item(self, *segments: bytes | Range, mailbox: str = "m", name: str = "", strip: bool = False) -> Item:
@@ -63,7 +65,7 @@ class Place:
         return number.encode(), os.fsencode(self.root / mailbox), (name or number).encode(), segments, strip
 
     def write(self, *items: Item, each: bool = False) -> list[int]:
-        return write_batch(self.directory, items, each=each)
+        return write_batch(self.directory, items, each=each, probe=self.probe)
 
     def found(self, mailbox: str = "m") -> dict[str, bytes]:
         new = self.root / mailbox / "new"
@@ -71,6 +73,7 @@ class Place:
 
     def close(self) -> None:
         os.close(self.directory)
+        os.close(self.probe)
 
 
 @pytest.fixture
@@ -325,7 +328,7 @@ def script(code: str, root: Path, strace: list[str] | None = None) -> subprocess
     return done
 
 
-CALLS = "openat,open,write,pread64,fdatasync,fsync,syncfs,close,rename,renameat,renameat2,mkdir,unlinkat"
+CALLS = "openat,open,write,pread64,fdatasync,fsync,syncfs,fallocate,close,rename,renameat,renameat2,mkdir,unlinkat"
 
 
 def traced(code: str, root: Path) -> list[str]:
@@ -357,6 +360,7 @@ def test_a_batch_is_flushed_before_the_first_name_and_behind_the_last(tmp_path: 
         *["renameat", "mkdir", "mkdir", "mkdir", "mkdir", "renameat"],  # the mailbox was not there
         *["renameat", "renameat"],
         "syncfs",
+        "fallocate",
     ]
     for call in calls:
         if "O_CREAT" in call:
@@ -382,7 +386,9 @@ def test_each_file_and_each_new_folder_has_its_own_flush(tmp_path: Path) -> None
         "fsync @/d/m",
         "renameat @/d/m/new/1,S=1",
         "fsync @/d/m/new",
+        changes[-1],
     ]
+    assert changes[-1].startswith("fallocate @/temporary/#")
 
 
 def test_a_large_file_is_flushed_every_megabyte_in_bounded_pieces(tmp_path: Path) -> None:
@@ -442,10 +448,42 @@ ALL = ["1,S=1", "2,S=1", "3,S=1"]
         ("fsync:error=EIO:when=4", True, f"[0, {EIO}, 0] {ALL} []"),
         ("renameat:error=EACCES:when=3", False, f"[0, {EACCES}, 0] {[ALL[0], ALL[2]]} []"),
         ("mkdir:error=EACCES:when=4", False, f"[{EACCES}, 0, 0] {ALL[1:]} []"),
+        # A flush that is not confirmed has failed.
+        ("fallocate:error=EROFS:when=1", False, f"{EROFS} {ALL} []"),
+        ("fallocate:error=EIO:when=1", True, f"{EIO} {ALL} []"),
     ],
 )
 def test_a_failed_call_is_told_and_never_repeated(tmp_path: Path, fault: str, each: bool, report: str) -> None:
     assert injected(REPORT.format(each=each), tmp_path / "root", fault) == report + "\n"
+
+
+@pytest.mark.parametrize("error", ["EOPNOTSUPP", "ENOSYS", "EINVAL", "ENOSPC", "EDQUOT", "EINTR"])
+def test_what_cannot_allocate_or_has_no_room_confirms(tmp_path: Path, error: str) -> None:
+    assert (
+        injected(REPORT.format(each=False), tmp_path / "root", f"fallocate:error={error}:when=1")
+        == f"[0, 0, 0] {ALL} []\n"
+    )
+    calls = [line for line in (tmp_path / "trace").read_text().splitlines() if "fallocate(" in line]
+    assert len(calls) == 1 + (error == "EINTR")
+
+
+def test_to_confirm_changes_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"octets")
+    with path.open("r+b") as file:
+        confirm(file.fileno(), 0)
+        confirm(file.fileno(), 100_000)
+    assert path.read_bytes() == b"octets"
+    with path.open("rb") as file, pytest.raises(OSError, match="Bad file descriptor"):
+        confirm(file.fileno(), 0)
+
+
+def test_without_a_probe_nothing_is_asked(tmp_path: Path) -> None:
+    code = """
+        place.probe = -1
+        assert place.write(place.item(b"x")) == [0]
+    """
+    assert short(traced(code, tmp_path / "root"))[-1] == "syncfs @/temporary"
 
 
 def test_a_fault_that_does_not_strike_is_noticed(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Sequence
-from errno import EDQUOT, EIO, ENAMETOOLONG, ENODATA, ENOSPC
+from errno import EDQUOT, EIO, ENAMETOOLONG, ENODATA, ENOSPC, EOPNOTSUPP
 from pathlib import Path
+from typing import Any
 from unicodedata import normalize
 
 import pytest
@@ -24,7 +25,14 @@ import fastsmtp
 from fastsmtp.address import NULL, Address
 from fastsmtp.delivery import Delivery, Outcome, Result, Scope, Transport
 from fastsmtp.delivery import maildir as module
-from fastsmtp.delivery.maildir import Maildir, folder_name, mailbox_path, remove_leftovers, temporary_folder
+from fastsmtp.delivery.maildir import (
+    Maildir,
+    folder_name,
+    mailbox_path,
+    open_probe,
+    remove_leftovers,
+    temporary_folder,
+)
 from fastsmtp.domains import Domain, Domains
 from fastsmtp.message import Content, Envelope, Message, Recipient
 
@@ -466,7 +474,8 @@ def test_a_kill_at_any_step_leaves_whole_files_and_a_second_run_completes(tmp_pa
     assert os.listdir(root / ".fastsmtp-cafe") == []
 
 
-def test_a_flush_that_fails_defers_the_batch_and_the_next_one_starts_afresh(tmp_path: Path) -> None:
+def three_batches(tmp_path: Path, *strace: str) -> tuple[list[str], list[str]]:
+    """Three batches of three messages under strace with these arguments: what became of each, and the calls."""
     needs("strace")
     code = """
         import asyncio, os, sys
@@ -483,17 +492,24 @@ def test_a_flush_that_fails_defers_the_batch_and_the_next_one_starts_afresh(tmp_
     """
     trace = tmp_path / "trace"
     program = [sys.executable, "-c", textwrap.dedent(code), os.path.dirname(__file__), str(tmp_path / "root")]
-    strace = ["strace", "-f", "-qq", "-y", "-o", str(trace), "-e", "trace=syncfs,close,openat"]
     environment = {**os.environ, "PYTHONPATH": str(Path(fastsmtp.__file__).parents[1])}
     done = subprocess.run(
-        [*strace, "-e", "inject=syncfs:error=EIO:when=2", *program],
+        ["strace", "-f", "-qq", "-y", "-o", str(trace), "-e", "trace=syncfs,fallocate,close,openat", *strace, *program],
         env=environment, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     if "not permitted" in done.stderr:
         pytest.skip("needs the right to trace processes")
-    deferred, delivered = ("deferred", "4.3.0", "host"), ("delivered", "2.0.0", "recipient")
-    assert done.stdout.splitlines() == [*map(repr, ([deferred] * 3, [delivered] * 3, [delivered] * 3)), "delivered"]
-    calls = trace.read_text().splitlines()
+    return done.stdout.splitlines(), trace.read_text().splitlines()
+
+
+DEFERRED_ONCE = [
+    repr([("deferred", "4.3.0", "host")] * 3), *[repr([("delivered", "2.0.0", "recipient")] * 3)] * 2, "delivered"
+]  # fmt: skip
+
+
+def test_a_flush_that_fails_defers_the_batch_and_the_next_one_starts_afresh(tmp_path: Path) -> None:
+    said, calls = three_batches(tmp_path, "-e", "inject=syncfs:error=EIO:when=2")
+    assert said == DEFERRED_ONCE
     folder = f"{tmp_path}/root/.fastsmtp-cafe>"
     touched = [line.split()[1].partition("(")[0] for line in calls if folder in line and "O_CREAT" not in line]
     # two flushes, the second one fails; the descriptor is closed, opened anew, and then kept
@@ -501,3 +517,41 @@ def test_a_flush_that_fails_defers_the_batch_and_the_next_one_starts_afresh(tmp_
         "syncfs", "syncfs", "close", "syncfs", "syncfs", "syncfs", "syncfs", "close",
     ]  # fmt: skip
     assert len(found(tmp_path / "root/bob")) == 3
+
+
+def test_a_flush_that_is_not_confirmed_has_failed_and_the_next_batch_has_another_probe(tmp_path: Path) -> None:
+    said, calls = three_batches(tmp_path, "-e", "inject=fallocate:error=EROFS:when=1")
+    assert said == DEFERRED_ONCE
+    assert len(found(tmp_path / "root/bob")) == 3
+    asked = [line.split()[1].partition("(")[0] for line in calls if ("O_TMPFILE" in line or "fallocate(" in line)]
+    assert asked == ["openat", "fallocate", "openat", "fallocate", "fallocate"]
+
+
+def test_mailboxes_on_another_file_system_are_confirmed_there(tmp_path: Path) -> None:
+    with volume("tmpfs", tmp_path / "root/bob", "1M"):
+        said, calls = three_batches(tmp_path, "-e", "inject=fallocate:error=EROFS:when=1")
+        assert said == DEFERRED_ONCE
+        asked = [line for line in calls if "fallocate(" in line]
+        assert len(asked) == 3
+        assert all(f"{tmp_path}/root/bob/tmp/#" in line for line in asked)
+
+
+def test_a_file_system_without_unnamed_files_is_not_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, refused = os.open, []
+
+    def without(path: str | bytes, flags: int, *rest: Any, **named: Any) -> int:
+        if flags & os.O_TMPFILE == os.O_TMPFILE:
+            refused.append(path)
+            raise OSError(EOPNOTSUPP, os.strerror(EOPNOTSUPP))
+        return opened(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", without)
+    assert results(deliver(tmp_path, delivery(message(), BOB))) == [[Result.DELIVERED]]
+    assert refused == [f"{tmp_path}/.fastsmtp-cafe"]
+
+
+def test_a_probe_has_no_name(tmp_path: Path) -> None:
+    probe = open_probe(str(tmp_path))
+    assert os.fstat(probe).st_nlink == 0
+    os.close(probe)
+    assert open_probe(str(tmp_path / "missing")) == -1

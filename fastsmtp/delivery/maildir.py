@@ -1,6 +1,7 @@
 """Maildir: a transport that puts each message into a file of its own, as every Unix mail reader expects it.
 
-In: deliveries. Out: an Outcome for each recipient; "delivered" only when file and name are on stable storage.
+In: deliveries. Out: an Outcome for each recipient; "delivered" only when file and name are on stable storage, and
+the file system has confirmed that (_files.confirm).
 A file holds Return-Path, Delivered-To, the message's prefix, and its body without the cuts; line ends are LF,
 but a body that is not convertible stays as it is. The loop builds items; C does the rest in one thread.
 Temporary files stand in one folder, `.fastsmtp-IDENTITY` at the fixed start of the path (no mailbox's folder
@@ -92,6 +93,15 @@ def remove_leftovers(folder: str, worker: int) -> None:
                 os.unlink(entry.path)
 
 
+def open_probe(folder: str | bytes) -> int:
+    """A file without a name, for `write_batch` to confirm its flushes with. -1: there can be none. Then no journal is
+    known that would give up in silence, or there is no room for it, and none for mail."""
+    try:
+        return os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return -1
+
+
 class Maildir:
     """The Transport to mailboxes at `path`, such as `/var/mail/{domain}/{local}`.
 
@@ -119,6 +129,7 @@ class Maildir:
         # The rest is the thread's own.
         self._elsewhere: set[bytes] = set()  # mailboxes seen on another file system than the root
         self._directory = -1  # kept open: a flush reports the errors since it was opened
+        self._probe = -1  # opened when it is first needed, and again when it could not be
         self._open()
         remove_leftovers(self._temporary, worker)
 
@@ -178,9 +189,10 @@ class Maildir:
         self._directory = os.open(self._temporary, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     def _close(self) -> None:
-        if self._directory >= 0:
-            os.close(self._directory)
-            self._directory = -1
+        for fd in (self._directory, self._probe):
+            if fd >= 0:
+                os.close(fd)
+        self._directory = self._probe = -1
 
     def _write(self, items: list[Item]) -> list[int]:
         errors: list[int] = []
@@ -200,7 +212,9 @@ class Maildir:
         try:
             if self._directory < 0:
                 self._open()
-            found = write_batch(self._directory, [items[i] for i in chosen], each=self._each)
+            if self._probe < 0:
+                self._probe = open_probe(self._temporary)
+            found = write_batch(self._directory, [items[i] for i in chosen], each=self._each, probe=self._probe)
         except OSError as failure:
             self._close()
             found = [failure.errno or EIO] * len(chosen)
@@ -225,11 +239,15 @@ class Maildir:
         for group in systems.values():
             batch = [(b"%s/tmp/%s" % (items[i][1], items[i][0]), *items[i][1:]) for i in group]
             try:
-                directory = os.open(os.path.dirname(batch[0][0]), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                folder = os.path.dirname(batch[0][0])
+                directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                probe = open_probe(folder)
                 try:
-                    found = write_batch(directory, batch, each=self._each)
+                    found = write_batch(directory, batch, each=self._each, probe=probe)
                 finally:
                     os.close(directory)
+                    if probe >= 0:
+                        os.close(probe)
             except OSError as failure:
                 found = [failure.errno or EIO] * len(group)
             for i, error in zip(group, found, strict=True):
