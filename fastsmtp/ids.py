@@ -26,6 +26,11 @@ def key_of(message_id: str) -> int:
     return int(message_id[:13], 32)
 
 
+def begin_of(key: int) -> str:
+    """The characters with which the id begins that has this key: enough to find it in a log."""
+    return "".join(_DIGITS[key >> shift & 31] for shift in range(60, -1, -5))
+
+
 def is_id(text: str) -> bool:
     """Whether `text` looks like an id."""
     return len(text) == LENGTH and not text.strip(_DIGITS)

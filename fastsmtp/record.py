@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from .address import Address
-from .ids import is_id
+from .ids import is_id, key_of
 from .job import HELD, JOB_OCTETS, Job, Mark
 from .message import Content, Envelope, Message, Recipient
 
@@ -104,7 +104,8 @@ def render_row(key: int, message: Message, crc: int, body: bytes | None) -> Row:
 def parse_job(row: Loaded, bodies: Path) -> Job:
     """The Job of a row; its body is in a file below `bodies`, or not in memory. Raises ValueError."""
     key, message_id, arrived, envelope, prefix, cuts, content, header_end, size, in_file, pending = row
-    if not is_id(message_id):  # the name of a file may come from it
+    # The name of a file may come from it; another's would take the place of that one's.
+    if not is_id(message_id) or key_of(message_id) != key:
         raise ValueError("its id is damaged")
     message = Message(
         parse_envelope(bytes.fromhex(envelope), message_id),

@@ -17,9 +17,9 @@ from pathlib import Path
 import apsw
 
 from .bodies import check_length, remove_orphans
-from .ids import is_id
+from .ids import begin_of, is_id
 from .log import SET_ASIDE, Log
-from .salvage import CHECKED_OCTETS, clear, find_damage, is_sound, make_folder, move_bodies, salvage
+from .salvage import CHECKED_OCTETS, clear, find_damage, find_records, is_sound, make_folder, move_bodies, salvage
 from .store import DamagedError, SpoolError, Store
 from .trouble import Trouble
 
@@ -34,6 +34,7 @@ class Recovery:
         self._log = log
         self._trouble = trouble
         self._wall = wall
+        self._named: set[str] = set()  # ids of what was found to be lost
 
     def open(self, was_closed: bool) -> None:
         """`was_closed`: the last who had the spool has ended in order. Raises SpoolError, and nothing is open then."""
@@ -41,7 +42,8 @@ class Recovery:
             damaged = self._open_store(was_closed)
             try:
                 self._look_through(damaged, was_closed)
-            except apsw.CorruptError as error:  # of a database that is too large to be looked through before
+            # Of a database that is too large to be looked through before; of text, which no look through finds.
+            except (apsw.CorruptError, UnicodeDecodeError) as error:
                 self._store.drop()
                 self._look_through(self._salvage(str(error)), was_closed)
         except OSError as error:
@@ -74,6 +76,7 @@ class Recovery:
             raise SpoolError(f"{self._store.path}: damaged, and nothing can be made of it: {error}") from error
         for message_id, reason in lost:
             self._log.write(SET_ASIDE, message_id, reason, str(damaged))
+            self._named.add(message_id)
         text = f"the database was damaged ({why}): {kept} messages could be read of it and are kept, "
         text += f"{len(lost)} are known to be lost; what was found is in {damaged}"
         self._trouble.warn("damage", text)
@@ -81,16 +84,22 @@ class Recovery:
         return damaged
 
     def _mend(self) -> None:
-        """Messages that have lost their recipients are set aside; recipients without a message are only named."""
+        """Messages that have lost their recipients, or whose records are damaged, are set aside; recipients without a
+        message are only named."""
         if self._store.path.stat().st_size > CHECKED_OCTETS:
             return
+        if damaged := find_records(self._store):
+            why = "its record is damaged"
+            for key in damaged:
+                self._log.write(SET_ASIDE, begin_of(key), why, str(self._store.path))
+            self._store.set_aside([(key, why, self._wall()) for key in damaged])
         alone, lost = self._store.torn()
         why = "its recipients are gone"
         for _, message_id in alone:
             self._log.write(SET_ASIDE, message_id, why, str(self._store.path))
         self._store.set_aside([(key, why, self._wall()) for key, _ in alone])
         for key, domain in lost:
-            self._log.write(SET_ASIDE, f"key {key}", f"its record is gone; it was for {domain}", str(self._store.path))
+            self._log.write(SET_ASIDE, begin_of(key), f"its record is gone; it was for {domain}", str(self._store.path))
         if lost:
             self._store.erase([key for key, _ in lost])
 
@@ -116,7 +125,9 @@ class Recovery:
             damaged = make_folder(self._directory, self._wall())
             self._trouble.warn("body", f"files of no message that is known are put aside into {damaged}")
         if damaged is not None:
-            move_bodies(self._bodies, damaged, known)
+            for name in move_bodies(self._bodies, damaged, known):
+                if name not in self._named:
+                    self._log.write(SET_ASIDE, name, "a body that no record knows", str(damaged))
         _, strange = remove_orphans(self._bodies, known)
         if strange:
             self._trouble.warn("body", f"{strange} entries are not of the spool; left alone")

@@ -27,7 +27,7 @@ from ._files import make_dirs
 from .administration import Administration
 from .bodies import Bodies, FileDraft, check_length, read_crc
 from .commit import GroupCommit, refusal
-from .ids import Ids, key_of
+from .ids import Ids, begin_of, key_of
 from .job import Draft, Job, Mark
 from .log import SET_ASIDE, SPOOL_OPENED, Log
 from .message import Message
@@ -386,4 +386,4 @@ class Spool:
     def _set_aside(self, key: int, why: str, message_id: str = "", path: str = "") -> None:
         """Notes a damaged message; its recipients are no longer pending when that is durable."""
         if self._commit.set_aside(key, why, self._wall()):
-            self._log.write(SET_ASIDE, message_id or f"key {key}", why, path or str(self._store.path))
+            self._log.write(SET_ASIDE, message_id or begin_of(key), why, path or str(self._store.path))

@@ -20,25 +20,31 @@ from pathlib import Path
 
 from .crash_disk import Disk, Layout, run
 from .crash_fault import Fault, under_load
-from .crash_load import Connection, GoneError
+from .crash_load import Connection, GoneError, Letter, send_data
 from .crash_server import CrashError, wait_until
 from .crash_site import LOCAL, Site
 from .crash_trace import Tracer, traced
+from .ledger import make_body, outcome_of
 
 HELD_SECONDS = (0.4, 1.0)  # how long a fault lasts
 CHUNK = 32 << 20
 SLOW_SECONDS = 3
 AT_ONCE = 0.1  # seconds within which other sessions are answered
 OTHERS = 8  # sessions beside
+PROBE_OCTETS = 1000
+FULL_SECONDS = 5.0  # free space is looked at once a second
+REFUSALS = (452, 421)
+ROW = 8  # by the kernel's choice either worker answers: so many are both
 
 
 def fill_spool(site: Site) -> None:
-    """The spool's disk is filled to its last block for a moment. New mail is put off with 452 and what was acknowledged
-    is delivered meanwhile, once: the ballast makes room for the marks. Service resumes by itself."""
+    """The spool's disk is filled to its last block for a moment. Within seconds new mail is put off with 452 by every
+    worker; until then each takes what it has room for, in its log or in what another's ballast has left, and keeps it.
+    What was acknowledged is delivered meanwhile, once: the ballast makes room for the marks. Service resumes by itself.
+    """
     with _filled(site.ground.disks[0]):
+        _await_refusals(site)
         _hold(site)
-        if not _refused(site):
-            raise CrashError("the spool's disk is full and it takes mail")
     _resumes(site)
 
 
@@ -270,16 +276,42 @@ def _hold(site: Site) -> None:
 
 def _refused(site: Site) -> bool:
     """Whether no message can be sent now."""
+    return _send_probe(site) != 250
+
+
+def _await_refusals(site: Site) -> None:
+    """Until so many probes in a row were refused at their MAIL that no worker takes mail any more: by 452, or by 421
+    where a worker cannot even open its spool. Raises CrashError."""
+    row = 0
+    deadline = time.monotonic() + FULL_SECONDS
+    while row < ROW:
+        if time.monotonic() > deadline:
+            raise CrashError(f"the spool's disk is full, and {FULL_SECONDS:.0f} s later it takes mail")
+        row = row + 1 if _send_probe(site) in REFUSALS else 0
+        time.sleep(0.02)
+
+
+def _send_probe(site: Site) -> int:
+    """What a message of the ledger was answered, which must arrive where it was taken: 250, the code of a refusal at
+    its MAIL, or 0."""
+    site.probes += 1
+    name = f"r{site.run}p{site.probes}"
+    letter = Letter(name, make_body(name, PROBE_OCTETS, site.chance), (f"probe-{site.run}@{LOCAL}",))
     try:
         with Connection(site.server.port) as connection:
             connection.hello()
-            connection.send(f"MAIL FROM:<> SIZE=1000\r\nRCPT TO:<refused@{LOCAL}>\r\nDATA\r\n".encode())
-            if connection.codes(3)[-1] != 354:
-                return True
-            connection.send(b"probe\r\n.\r\n")
-            return connection.code() != 250
+            connection.send(f"MAIL FROM:<> SIZE={PROBE_OCTETS}\r\n".encode())
+            if (code := connection.code()) != 250:
+                return code
+            connection.send(b"RSET\r\n")
+            connection.code()
+            try:
+                send_data(connection, [letter])
+            finally:
+                site.ledger.write(letter, outcome_of(letter.code), letter.code, letter.refused)
     except GoneError:
-        return True
+        pass
+    return 250 if letter.code == 250 else 0
 
 
 def _resumes(site: Site) -> None:

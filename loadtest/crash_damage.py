@@ -3,7 +3,7 @@
 In: a server that was stopped in order with mail that waits, small in the database, large in files of their own. Out: a
 Finding: what was not damaged is delivered, what was is set aside and named in the log, never delivered in part, and the
 server starts. A function for each kind of damage does it and returns the server's ids of the messages that it hit; None
-where nobody can say which: then each message is delivered, or the log names it.
+where nobody can say which: then each message is delivered, or the log names it, but for those of which nothing is left.
 Where the database itself is not there any more, nobody can name its messages: the log says so, and nothing that lay
 beside it is deleted. Where it was only elsewhere it is put back then, with what was put aside, and everything arrives.
 Not here: damage by the medium while the server runs (crash_broken).
@@ -31,6 +31,7 @@ from .crash_site import LOCAL, Bench, Site, opened
 from .crash_sweep import Steps
 
 PAGE = 4096
+KEY = 13  # characters of an id that are its key
 SMALL, LARGE = 10, 4  # messages
 LOG_SECONDS = 1.0
 BOXES = ("a", "b", "c")
@@ -69,6 +70,14 @@ class Stock:
             path.rename(self.bodies / name)
         self.database.unlink()
         self.elsewhere.rename(self.database)
+
+    def without_trace(self) -> set[str]:
+        """Of which neither id nor key stands anywhere any more: nobody can name them."""
+        left = self.database.read_bytes()
+        keys = {one: int(one[:KEY], 32).to_bytes(8) for one in self.letters}
+        return {
+            one for one, key in keys.items() if one not in self.large and one.encode() not in left and key not in left
+        }
 
     def page(self) -> int:
         """The place of a page of the database, not its first."""
@@ -148,15 +157,16 @@ def folder_body(stock: Stock) -> set[str]:
 
 
 def add_strangers(stock: Stock) -> set[str]:
-    """Copies of body files under names that are none of ours, and under an id that no message has; folders and a FIFO
-    beside them. All mail is delivered."""
+    """Copies of body files under names that are none of ours, and under an id that no message has, which is named;
+    folders and a FIFO beside them. All mail is delivered."""
     path = stock.body()
+    unknown = "0" * len(path.name)
     shutil.copy(path, stock.bodies / "copy")
-    shutil.copy(path, stock.bodies / ("0" * len(path.name)))
+    shutil.copy(path, stock.bodies / unknown)
     (stock.bodies / "folder").mkdir()
     os.mkfifo(stock.bodies / "pipe")
     (stock.database.parent / "notes.txt").write_text("what is this?")
-    return set()
+    return {unknown}
 
 
 def flip_page(stock: Stock) -> None:
@@ -302,6 +312,7 @@ def _play_run(site: Site, run: int, damage: Damage) -> Finding:
         raise CrashError(f"exit code {code} after SIGTERM")
     stock = Stock(site.ground.data, letters, site.chance)
     hit = damage(stock)
+    unnamed = stock.without_trace() if hit is None else set()
     for name in BOXES:
         (site.ground.mail / LOCAL / name).unlink()
     gone = stock.elsewhere.exists()
@@ -314,10 +325,11 @@ def _play_run(site: Site, run: int, damage: Damage) -> Finding:
     if damage is empty_database:
         _check_missed(site, stock)
         return site.finish(damaged=frozenset(letter.id for letter in letters))
+    hit = hit | set(stock.large) if gone and hit is not None else hit  # named while the database was elsewhere
     aside = _set_aside(site, hit)
-    keys = {f"key {int(one[:13], 32)}": letter.id for one, letter in stock.letters.items()}  # a record without its id
-    names = {one: letter.id for one, letter in stock.letters.items()} | keys
-    found = site.finish(damaged=frozenset(names[one] for one in aside & names.keys()))
+    begins = {one[:KEY]: letter.id for one, letter in stock.letters.items()}  # of a record without its id
+    names = {one: letter.id for one, letter in stock.letters.items()} | begins
+    found = site.finish(damaged=frozenset(names[one] for one in (aside | unnamed) & names.keys()))
     if hit is not None and hit != aside:
         found.violations.append(f"set aside are {sorted(aside)}, damaged were {sorted(hit)}")
     if damage is swap_databases and sorted(stock.kept()) != stock.large:

@@ -10,8 +10,11 @@ On failure: LoadError, where a document's markers are not whole or a file cannot
 
 from __future__ import annotations
 
+import fcntl
+import os
 import textwrap
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from . import LoadError
@@ -49,6 +52,11 @@ def count(number: int, one: str, many: str = "") -> str:
 def renew(document: Path, records: Sequence[Record], faults: Collection[str]) -> None:
     """Makes the sections of a document anew, with what is known from earlier commands. `faults` are all that there
     are, in their order. Raises LoadError."""
+    with _locked(document):
+        _renew(document, records, faults)
+
+
+def _renew(document: Path, records: Sequence[Record], faults: Collection[str]) -> None:
     known = document.with_suffix(".json")
     kept = merge([*(read_records(known) if known.exists() else ()), *records])
     order = {name: place for place, name in enumerate(faults)}
@@ -65,6 +73,20 @@ def renew(document: Path, records: Sequence[Record], faults: Collection[str]) ->
         document.write_text(text, encoding="utf-8")
     except OSError as error:
         raise LoadError(f"{error.filename} cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def _locked(document: Path) -> Iterator[None]:
+    """Commands may end side by side, and each keeps the rows of the others. Raises LoadError."""
+    try:
+        folder = os.open(document.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise LoadError(f"{document.parent}: {error.strerror}") from None
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
 
 
 def _wrap(text: str) -> str:

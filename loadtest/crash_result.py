@@ -149,8 +149,11 @@ def write_records(file: Path, records: Sequence[Record]) -> None:
 
 
 def merge(records: Sequence[Record]) -> list[Record]:
-    """The same, each fault in the last of those that have it."""
-    latest = {tally.name: tally for record in records for tally in record.tallies}
+    """The same, each fault in the last of those that have it; one that could not be run takes no other's place."""
+    latest: dict[str, Tally] = {}
+    for tally in (tally for record in records for tally in record.tallies):
+        if tally.runs or tally.violations or tally.name not in latest:
+            latest[tally.name] = tally
     kept = []
     for record in records:
         record.tallies = [tally for tally in record.tallies if latest[tally.name] is tally]

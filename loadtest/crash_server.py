@@ -168,6 +168,8 @@ class Server:
                         os.close(folder)
                     connection.sendall(b'{"do": "count", "everything": true}\n')
                     answer = json.loads(connection.makefile("rb").readline())
+                    if "error" in answer:
+                        continue  # its spool cannot be read now: it recovers
                     total += int(answer["done"]["recipients"])
                     answers += 1
                 except ConnectionRefusedError:

@@ -102,6 +102,7 @@ class Site:
         self._record = record
         self._recorded = 0  # octets of the record when the run began
         self.run = 0
+        self.probes = 0  # messages that were sent besides the load
         self._faults: list[float] = []
         self._partial: list[str] = []  # what a reader must not have seen
         self._recovery = 0.0

@@ -53,6 +53,7 @@ GROUPS = ("kill", "power", "sweep", "disk", "damage", "network", "limits")
 LAYOUTS = ("ext4-two", "ext4-one", "xfs-two", "xfs-one")
 # What a mailbox loses is seen best when nothing else is written behind it.
 IDLE = ("mailbox-fsync", "directory-fsync")
+FULL = ("full-taken", "full-lost")  # what a server does whose disk is full
 
 
 def play(name: str, runs: int, folder: Path, package: Path = ROOT) -> Iterator[Finding]:
@@ -100,7 +101,7 @@ def test_disks_and_connections_fail(tmp_path: Path, name: str, runs: int) -> Non
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("mistake", [name for name in MISTAKES if name != "none"])
+@pytest.mark.parametrize("mistake", [name for name in MISTAKES if name not in ("none", *FULL)])
 def test_a_mistake_is_seen(request: pytest.FixtureRequest, tmp_path: Path, mistake: str, layout: str) -> None:
     if layout.startswith("xfs"):
         request.getfixturevalue("long")
@@ -112,6 +113,20 @@ def test_a_mistake_is_seen(request: pytest.FixtureRequest, tmp_path: Path, mista
         if lost:
             break
     assert lost
+
+
+@pytest.mark.parametrize("mistake", FULL)
+def test_a_full_disk_that_takes_or_loses_mail_is_seen(tmp_path: Path, mistake: str) -> None:
+    disks_needed()
+    package = make_mutant(mistake, tmp_path / "package")
+    found = []
+    for one in play("disk.full-ext4", TRIES, tmp_path, package):
+        found += one.violations
+        if found:
+            break
+    assert any(
+        ("takes mail" if mistake == "full-taken" else "neither delivered nor reported") in text for text in found
+    )
 
 
 def test_without_a_mistake_nothing_is_seen(tmp_path: Path) -> None:
@@ -305,6 +320,12 @@ def test_a_fault_counts_where_it_was_run_last() -> None:
     assert [(one.command, tally.name, tally.runs) for one in kept for tally in one.tallies] == [
         ("a", "a.y", 2), ("b", "a.x", 3)
     ]  # fmt: skip
+    cannot = Record("d", 1, "", "", "", [Tally("a.x", why_not="no disks"), Tally("a.z", why_not="no disks")])
+    assert [[tally.name for tally in one.tallies] for one in merge([first, second, cannot])] == [
+        ["a.y"],
+        ["a.x"],
+        ["a.z"],
+    ]
     assert [one.command for one in merge([second, Record("c", 1, "", "", "", [Tally("a.x", runs=4)])])] == ["c"]
 
 
