@@ -21,11 +21,14 @@ from pathlib import Path
 
 from .certificates import CertificateError, read_demands, read_pairs, try_all
 from .config import Config, Inet, Pipe, Smtp, Unix
+from .config_inbound import Postgresql
+from .credentials.oauth import missing_library
 from .delivery.runner import Command, make_command
 from .list_watch import Preparation
 from .lists import ListError
 from .reload import Key, keys_of
 from .seat import BACKLOG, Settings
+from .sql import missing_driver
 
 PASSWORD_LIMIT = 8192  # octets: tokens are long
 # How far RLIMIT_NICE lets a thread come up again that took idle time only: to niceness 10 (credentials/hashes.py).
@@ -158,6 +161,7 @@ def _make_folder(path: Path, account: pwd.struct_passwd | None) -> None:
 
 def read_settings(config: Config) -> Settings:
     """What every worker needs of files that only this process may read."""
+    _import_libraries(config)
     try:
         demands = read_demands(config)
         pairs = read_pairs(config) if demands else ()
@@ -165,6 +169,16 @@ def read_settings(config: Config) -> Settings:
     except CertificateError as error:
         raise StartError(f"tls: {error}") from None
     return Settings(config, read_passwords(config), pairs, demands)
+
+
+def _import_libraries(config: Config) -> None:
+    """Those that only some configurations need: a worker, who is another user, perhaps may not look where they lie."""
+    for name, section in config.sql.items():
+        if isinstance(section.database, Postgresql) and (wrong := missing_driver()):
+            raise StartError(f"sql.{name}: {wrong}")
+    oauth = config.auth.oauth
+    if oauth is not None and not oauth.introspection and (wrong := missing_library()):
+        raise StartError(f"auth.oauth: {wrong}")
 
 
 def read_passwords(config: Config) -> dict[str, str]:

@@ -2,8 +2,9 @@
 
 In: the `recipients` of a [[domain]] that names somebody, the databases, and what makes a transport for call-ahead. Out:
 what `Domain.ask` is. Each domain remembers its own answers; a server is asked over the same connections for all domains
-that go there. On failure: as the domain says, by default 451 4.3.0. Not here: what is remembered (policy/lookup.py),
-how it is asked (sql.py, delivery/ahead.py).
+that go there. A query finds rows for a mailbox, and none for what is none. A row that holds nothing is neither, as of
+`SELECT (SELECT id ...)`, which always has one: a failure. On failure: as the domain says, by default 451 4.3.0.
+Not here: what is remembered (policy/lookup.py), how it is asked (sql.py, delivery/ahead.py).
 """
 
 from __future__ import annotations
@@ -70,11 +71,18 @@ def _ask_database(database: Database, query: str, case_sensitive: bool) -> Quest
         local = address.local if case_sensitive else address.mailbox.rpartition("@")[0]
         values = {"local": local, "domain": address.domain, "address": f"{local}@{address.domain}"}
         try:
-            return bool(await database.rows(query, values))
+            rows = await database.rows(query, values)
         except SqlError as error:
             raise LookupFailedError(str(error)) from None
+        if not all(map(_holds_something, rows)):
+            raise LookupFailedError("the query finds a row of nothing but NULL, false, 0 or blanks: is it a mailbox?")
+        return bool(rows)
 
     return ask
+
+
+def _holds_something(row: Mapping[str, object]) -> bool:
+    return any(value.strip() if isinstance(value, str | bytes) else value for value in row.values())
 
 
 def _ask_server(server: Ahead) -> Question:

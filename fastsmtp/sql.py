@@ -4,7 +4,8 @@ In: a query that the operator wrote, with `:name` where a value belongs, and the
 Values are bound, never pasted into the text. Nothing is changed: connections are read-only. Connections are made when
 they are needed and kept; one that was idle and is gone is made anew once. Waiting for a free one, connecting and the
 answer together take `timeout` at most; after a failure to connect nobody waits for a second. Whatever goes wrong is an
-SqlError of one line, never "no row". Made on the loop, after the fork.
+SqlError of one line, never "no row": so is a query that can find no rows, is several, or finds what cannot be read.
+Made on the loop, after the fork. Not here: what rows mean.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, TypeAlias
 
 import apsw
+import apsw.ext
 
 from .config_inbound import Place, Postgresql, Sql, Sqlite
 from .sql_text import as_psycopg, names_in
@@ -146,15 +148,28 @@ class _SqliteLink:
         except apsw.Error as error:
             raise SqlError(f"{place.path}: {_one_line(error)}") from None
         self._connection.set_busy_timeout(int(timeout * 1000))
+        self._checked: set[str] = set()
         self._thread = OneThread(asyncio.get_running_loop(), "sql")
 
     async def rows(self, query: str, values: Mapping[str, str]) -> Rows:
         try:
             return await self._thread.call(lambda: self._read(query, values))
-        except apsw.Error as error:
+        except (apsw.Error, UnicodeError) as error:
             raise SqlError(_one_line(error)) from None
 
+    def _check(self, query: str) -> None:
+        """SQLite does whatever it is told, one statement after the other, and is silent about what has no rows."""
+        found = apsw.ext.query_info(self._connection, query)
+        rest = found.query_remaining
+        if rest and apsw.ext.query_info(self._connection, rest).has_vdbe:
+            raise SqlError("the query is more than one statement")
+        if not found.description:
+            raise SqlError("the query is none that finds rows")
+        self._checked.add(query)
+
     def _read(self, query: str, values: Mapping[str, str]) -> Rows:
+        if query not in self._checked:
+            self._check(query)
         rows: Rows = []
         for row in (cursor := self._connection.execute(query, {name: values[name] for name in names_in(query)})):
             rows.append(dict(zip([column[0] for column in cursor.get_description()], row, strict=True)))
@@ -199,7 +214,7 @@ class _PostgresqlLink:
         try:
             cursor = await self._connection.execute(as_psycopg(query), values)
             rows: Rows = await cursor.fetchmany(ROWS + 1)
-        except (psycopg.Error, OSError) as error:
+        except (psycopg.Error, OSError, UnicodeError) as error:
             if self._connection.closed or self._connection.broken:
                 raise _BrokenError(_one_line(error)) from None
             raise SqlError(_one_line(error)) from None

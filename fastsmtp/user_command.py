@@ -115,7 +115,11 @@ def _owner(config: Config) -> int:
 
 def _make_record(name: str, password: str, scram: bool, config: Config) -> Record:
     rights = parse_senders("", name, str(config.auth.domain or ""))
-    return Record(name, hash_password(password), make_keys(password) if scram else None, rights)
+    try:
+        hashed = hash_password(password)
+    except UnavailableError as error:
+        raise UsersError(str(error)) from None
+    return Record(name, hashed, make_keys(password) if scram else None, rights)
 
 
 def _unknown(name: str) -> UsersError:

@@ -31,7 +31,7 @@ from .report import Row
 GUESSES = 10_000
 ADDRESSES = 50
 CONNECTIONS = 4  # of each address
-RATE = 1000.0  # guesses in a second
+RATE = 1000.0  # guesses in a second at most: a connection makes its next one when the last was answered
 USERS = 10
 USER_RATE = 20.0  # sessions of each in a second
 QUIET_SECONDS = 10.0

@@ -8,6 +8,8 @@ import os
 import pwd
 import socket
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
@@ -535,3 +537,34 @@ def test_certificates_that_cannot_be_used(tmp_path: Path, public: Path) -> None:
     closed.chmod(0)
     said = as_nobody(lambda: read_settings(make_tls_config(readable, closed)))
     assert said == f"tls: {closed} cannot be read: Permission denied"
+
+
+def test_libraries_are_imported_while_they_can_be() -> None:
+    """Of a configuration that needs them; what is imported later might lie where only root may look."""
+    script = """\
+import sys
+from fastsmtp.claim import read_settings
+from fastsmtp.config import Config
+for tables in ({}, {"sql": {"s": {"database": "s.db"}}, "auth": {"oauth": {"introspection": "https://i.test"}}}):
+    read_settings(Config.model_validate({"hostname": "mx.test"} | tables))
+    assert not {"psycopg", "jwt"} & set(sys.modules)
+read_settings(Config.model_validate({"hostname": "mx.test", "sql": {"s": {"database": "postgresql://h.test/d"}}}))
+assert "psycopg.rows" in sys.modules
+assert "jwt" not in sys.modules
+oauth = {"issuer": "i", "audience": "a", "keys_url": "https://i.test/keys"}
+read_settings(Config.model_validate({"hostname": "mx.test", "auth": {"oauth": oauth}}))
+assert "jwt.algorithms" in sys.modules
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_library_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.setitem(sys.modules, "jwt.algorithms", None)
+    base = {"hostname": "mx.test"}
+    with pytest.raises(StartError, match=r"^sql.s: PostgreSQL needs psycopg .*pip install"):
+        read_settings(Config.model_validate({**base, "sql": {"s": {"database": "postgresql://h.test/d"}}}))
+    oauth = {"issuer": "i", "audience": "a", "keys_url": "https://i.test/keys"}
+    with pytest.raises(StartError, match=r"^auth.oauth: signed tokens need PyJWT"):
+        read_settings(Config.model_validate({**base, "auth": {"oauth": oauth}}))

@@ -43,6 +43,7 @@ class Scripted:
 
     def __init__(self) -> None:
         self.asked: list[Asked] = []
+        self.known: list[bool] = []
         self.down = ""
         self.stamps: dict[str, int] = {}
         self.gate: asyncio.Event | None = None
@@ -53,8 +54,9 @@ class Scripted:
     def stamp(self, name: str) -> object:
         return self.stamps.get(name)
 
-    async def check(self, question: Asked, client: Client) -> Answer:
+    async def check(self, question: Asked, client: Client, known: bool = False) -> Answer:
         self.asked.append(question)
+        self.known.append(known)
         if self.gate is not None:
             await self.gate.wait()
         if self.down:
@@ -428,7 +430,7 @@ def test_trouble_is_no_failure_and_is_told_once() -> None:
         store.down = ""
         assert await bench.words(RIGHT) == ["authenticated"]
         assert bench.lines[1:] == [("auth-well", "scripted")]
-        assert bench.slept == []
+        assert bench.slept == [1.0] * 10
 
     run(test)
 
@@ -447,7 +449,7 @@ def test_scram_is_paid_back_when_it_is_proved() -> None:
             paid = (await bench.ask(ScramKeys("ann@x.test"))).paid
             assert await bench.words(Proved("ann@x.test", False, paid)) == ["bad-credentials"]
         assert await bench.words(ScramKeys("ann@x.test")) == ["too-many-failures"]
-        assert len(bench.slept) == 5
+        assert bench.slept[5:] == [1.0]
 
     run(test)
 
@@ -574,3 +576,32 @@ def test_memory_is_bounded_and_holds_no_secret() -> None:
     assert memory.mark("ab", "c") != memory.mark("a", "bc")
     assert memory.mark("a", "b") != Memory(60.0, lambda: 0.0).mark("a", "b")
     assert "secret" not in repr(memory._kept)
+
+
+def test_a_store_is_told_who_was_lately_let_in() -> None:
+    """As this user, from this address."""
+    store = Scripted()
+
+    async def test() -> None:
+        bench = Bench([store], cache=0.0)
+        await bench.words(WRONG, RIGHT, RIGHT, WRONG)
+        await bench.words(RIGHT, ip="192.0.2.2")
+        await bench.words(Password("bob@x.test", "right"))
+        bench.now += 86_401.0
+        await bench.words(RIGHT)
+
+    run(test)
+    assert store.known == [False, False, True, True, False, False, False]
+
+
+def test_who_may_guess_no_more_is_told_so_after_a_second() -> None:
+    """Of each connection: else it would ask a thousand times in that time, with nothing at stake."""
+
+    async def test() -> None:
+        bench = Bench([store := Scripted()])
+        await bench.words(*[Password("ann@x.test", f"wrong {n}") for n in range(5)])
+        asked, slept = len(store.asked), len(bench.slept)
+        assert await bench.words(WRONG, RIGHT, ScramKeys("bob@x.test")) == ["too-many-failures"] * 3
+        assert (len(store.asked), bench.slept[slept:]) == (asked, [1.0] * 3)
+
+    run(test)

@@ -22,11 +22,14 @@ from sending import sending, terms
 from servers import running, toml
 
 from fastsmtp.address import parse_address
-from fastsmtp.config import ConfigError, load
+from fastsmtp.config import ConfigError, Sql, SqlLookup, load
 from fastsmtp.delivery.ahead import KEPT, Ahead, AheadError
 from fastsmtp.domains import Found
+from fastsmtp.lookups import Lookups
+from fastsmtp.metrics import Counter
 from fastsmtp.policy import lookup
 from fastsmtp.policy.lookup import Asked, LookupFailedError
+from fastsmtp.sql import Database
 from loadtest.sink_plan import parse_answer
 from loadtest.sink_server import Settings, Sink
 
@@ -199,6 +202,103 @@ def test_what_is_remembered_and_what_is_under_way_is_bounded(log: Logged, monkey
     play(test)
 
 
+# What a query's rows mean
+
+
+MEANINGS = [
+    # (what is asked, what it means); {} is a table of ann with the quota 7 and bob with none
+    ("SELECT 1 FROM {} WHERE local = :local", KNOWN),
+    ("SELECT local FROM {} WHERE local = :local", KNOWN),
+    ("SELECT quota FROM {} WHERE local = :local", KNOWN),
+    ("SELECT -0.5 FROM {} WHERE local = :local", KNOWN),
+    ("SELECT '0' FROM {} WHERE local = :local", KNOWN),  # text is text
+    ("SELECT local = 'ann' FROM {} WHERE local = :local", KNOWN),
+    ("SELECT * FROM {} WHERE local = :local", KNOWN),
+    ("SELECT local, NULL, 0 FROM {} WHERE local = :local", KNOWN),
+    ("SELECT 1 FROM {}, (SELECT 1 UNION ALL SELECT 2) AS twice WHERE local = :local", KNOWN),
+    ("SELECT count(*) FROM {} WHERE local = :local", KNOWN),
+    ("SELECT 1 FROM {} WHERE local = :local; -- done", KNOWN),
+    ("SELECT 1 FROM {} WHERE local = :local || 'x'", UNKNOWN),
+    ("SELECT local, quota FROM {} WHERE local = :local || 'x'", UNKNOWN),
+    ("SELECT quota FROM {} WHERE :local <> '' AND local = 'bob'", TEMPFAIL),
+    ("SELECT quota FROM {} WHERE :local <> ''", TEMPFAIL),  # 7 and NULL
+    ("SELECT (SELECT 1 FROM {} WHERE local = :local || 'x')", TEMPFAIL),
+    ("SELECT max(quota), min(quota) FROM {} WHERE local = :local || 'x'", TEMPFAIL),
+    ("SELECT count(*) FROM {} WHERE local = :local || 'x'", TEMPFAIL),
+    ("SELECT 0.0 FROM {} WHERE local = :local", TEMPFAIL),
+    ("SELECT local = 'bob' FROM {} WHERE local = :local", TEMPFAIL),
+    ("SELECT '' FROM {} WHERE local = :local", TEMPFAIL),
+    ("SELECT '  ', NULL FROM {} WHERE local = :local", TEMPFAIL),
+    ("SELECT 1 FROM {} WHERE local = :local; SELECT 1", TEMPFAIL),
+    ("-- nothing", TEMPFAIL),
+    ("SELECT nothing FROM {} WHERE local = :local", TEMPFAIL),
+    ("DELETE FROM {} WHERE local = :local", TEMPFAIL),
+]
+OF_SQLITE = [
+    ("SELECT x'00' FROM {} WHERE local = :local", KNOWN),
+    ("SELECT x'' FROM {} WHERE local = :local", TEMPFAIL),
+    ("SELECT CAST(x'ff41' AS TEXT) FROM {} WHERE local = :local", TEMPFAIL),  # no UTF-8
+    ("PRAGMA foreign_keys = on", TEMPFAIL),
+]
+OF_POSTGRESQL = [
+    ("SELECT '\\x00'::bytea FROM {} WHERE local = :local", KNOWN),
+    ("SELECT current_date FROM {} WHERE local = :local", KNOWN),
+    ("SELECT ''::bytea FROM {} WHERE local = :local", TEMPFAIL),
+    ("SELECT ''::char(5) FROM {} WHERE local = :local", TEMPFAIL),  # five blanks
+    ("SELECT 'infinity'::date FROM {} WHERE local = :local", TEMPFAIL),  # no such day in Python
+    ("SELECT FROM {} WHERE local = :local", TEMPFAIL),
+    ("SELECT 1 FROM {} WHERE quota = :local", TEMPFAIL),  # "ann" is no number
+    ("SET application_name = 'x'", TEMPFAIL),
+]
+
+
+@pytest.fixture
+def sqlite(tmp_path: Path) -> Sql:
+    database = apsw.Connection(str(tmp_path / "mail.db"))
+    database.execute("CREATE TABLE box (local TEXT, quota INTEGER); INSERT INTO box VALUES ('ann', 7), ('bob', NULL)")
+    database.close()
+    return Sql(database=str(tmp_path / "mail.db"))
+
+
+@pytest.fixture
+def postgres() -> Sql:
+    sql = postgresql()
+    sql.run(
+        "DROP SCHEMA IF EXISTS test_rows CASCADE; CREATE SCHEMA test_rows;"
+        "CREATE TABLE test_rows.box (local text, quota integer);"
+        "INSERT INTO test_rows.box VALUES ('ann', 7), ('bob', NULL)"
+    )
+    return Sql(database=sql.url)
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+def test_a_row_is_a_mailbox_none_is_none_and_what_says_neither_has_failed(
+    kind: str, request: pytest.FixtureRequest, log: Logged
+) -> None:
+    section: Sql = request.getfixturevalue(kind)
+    table, more = ("box", OF_SQLITE) if kind == "sqlite" else ("test_rows.box", OF_POSTGRESQL)
+    counted: list[tuple[Counter, int]] = []
+
+    async def test() -> None:
+        database = Database(section)
+        lookups = Lookups({"users": database}, lambda _: pytest.fail("none"), log[0], lambda *one: counted.append(one))
+        found, failed = {}, 0
+        for query, meaning in (*MEANINGS, *more):
+            for _ in range(2):  # also over a connection that is there, and knows the query
+                asked = lookups.make(SqlLookup(sql="users", query=query.format(table)), False)
+                answer = asked(parse_address("ann@x.test"))
+                found[query] = answer if isinstance(answer, Found) else await answer
+                assert found[query] is meaning, query
+                failed += meaning is TEMPFAIL
+        assert counted == [(Counter.LOOKUP_FAILED, 1)] * failed
+        await database.close()
+
+    play(test)
+    why = {line["why"] for line in log[1]() if line["event"] == "lookup-failed"}
+    assert "the query finds a row of nothing but NULL, false, 0 or blanks: is it a mailbox?" in why
+    assert not [line for line in log[1]() if line["event"] == "bug"]
+
+
 # Call-ahead by the dialogue of deliveries
 
 
@@ -271,12 +371,16 @@ def test_recipients_of_sqlite(tmp_path: Path) -> None:
     database = apsw.Connection(str(path))
     database.execute("CREATE TABLE box (local TEXT, domain TEXT); INSERT INTO box VALUES ('ann', 'x.test')")
     source = f'{{sql = "users", query = {QUERY.format("box")}, unknown_for = "0s"}}'
+    odd = '{sql = "users", query = "SELECT (SELECT 1 FROM box WHERE local || domain = :local || :domain)"}'
+    domains = domain("x.test", source) + domain("odd.test", odd)
     tables = f'[sql.users]\ndatabase = "{path}"\n'
-    with running(tmp_path, toml(tmp_path, domains=domain("x.test", source), tables=tables)) as server:
+    with running(tmp_path, toml(tmp_path, domains=domains, tables=tables)) as server:
         with Peer(server.address) as peer:
             assert answers(peer, "ann@x.test", "ANN@x.test", "bob@x.test", "postmaster@x.test") == [
                 OK, OK, UNKNOWN_USER, OK,
             ]  # fmt: skip
+            assert answers(peer, "bob@odd.test") == [LATER], "a row for everyone"
+            assert server.wait_for("lookup-failed", to="bob@odd.test")
             database.execute("INSERT INTO box VALUES ('bob', 'x.test')")
             assert answers(peer, "bob@x.test") == [OK]
             assert peer.data(["Bob@x.test"], b"Subject: x\r\n\r\nx\r\n").startswith("250 ")

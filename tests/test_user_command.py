@@ -229,6 +229,27 @@ def test_a_hash_that_cannot_be_computed(config: Path, monkeypatch: pytest.Monkey
     assert fails(config, "check", "ann", said="x\n") == "fastsmtp: argon2: Memory allocation error\n"
 
 
+def test_a_machine_without_memory_for_a_new_password(config: Path) -> None:
+    """As it is: an address space that has no room for 19 MiB more."""
+    script = """\
+import mmap, resource, sys
+from fastsmtp.user_command import user
+resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+kept = []
+try:
+    while True:
+        kept.append(mmap.mmap(-1, 1 << 24))
+except OSError:
+    user(["add", "ann", "--config", sys.argv[1]])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(config)], input="secret\n", capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "fastsmtp: argon2: Memory allocation error\n"
+    assert not (config.parent / "users").exists()
+
+
 def test_what_is_no_sender(config: Path) -> None:
     assert "--sender: 'nobody' is neither" in fails(config, "add", "ann", "--sender", "nobody", said="x\n", code=2)
 

@@ -2,9 +2,10 @@
 
 In: the questions of verdict.py. Out: verdicts, with the user's canonical name where the answer is yes. Every attempt is
 paid for before a store is asked, and paid back when it was right (guessing.py). A no has the same words whether the
-user is unknown or the password wrong, and takes a second or more. What a store said is remembered for a short time
-under a keyed hash, and forgotten when the store's stamp of that user changes. Who asks what is just being asked waits
-for that answer. A store that cannot be asked is 454: neither right nor wrong; what ends it is told once.
+user is unknown or the password wrong. All but a yes takes a second or more: no connection guesses faster, also where
+nothing is looked at any more. What a store said is remembered for a short time under a keyed hash, and forgotten when
+the store's stamp of that user changes. Who asks what is just being asked waits for that answer. A store that cannot be
+asked is 454: neither right nor wrong; what ends it is told once.
 Not here: SASL (auth.py), the stores (directory, dovecot, oauth), the third failure of a session. RFC 4954 4, 6.
 """
 
@@ -25,7 +26,7 @@ from ..address import Address, AddressError, parse_address
 from ..reply import R454_AUTH_UNAVAILABLE, R454_TOO_MANY_FAILURES, R535_BAD_CREDENTIALS
 from ..rights import NO_RIGHTS, Rights
 from ..verdict import Ask, Client, Identity, Keys, Password, Proved, ScramKeys, Stage, Token, Verdict
-from .guessing import Attempt, Guessing
+from .guessing import DELAY, Attempt, Guessing
 from .memory import Memory
 
 LIMITED = Verdict("too-many-failures", R454_TOO_MANY_FAILURES)
@@ -77,7 +78,8 @@ class Store(Protocol):
     def stamp(self, name: str) -> object:
         """A value that changes with what is known of a user, where that can be told at once."""
 
-    async def check(self, question: Asked, client: Client) -> Answer: ...
+    async def check(self, question: Asked, client: Client, known: bool = False) -> Answer:
+        """`known`: such a client was lately let in as this user, and need not wait behind those that were not."""
 
     def find(self, name: str) -> Found | Awaitable[Found]:
         """A user by the canonical name, without any proof."""
@@ -147,10 +149,10 @@ class Authority:
         store = self._stores.get(type(question))
         if store is None:
             return UNAVAILABLE
+        begun = self._now()
         # Before what is known: else who is to guess no more could go on with users that have just been here.
         if attempt.refused():
-            return LIMITED
-        begun = self._now()
+            return self._later(LIMITED, DELAY, begun)
         mark = self._mark(question, name, client.ip)
         known = self._answers.recall(mark, store.stamp(name))
         if isinstance(known, Account):
@@ -160,7 +162,7 @@ class Authority:
         task = self._under_way.get(mark)
         if task is None:
             if not attempt.spend():
-                return LIMITED
+                return self._later(LIMITED, DELAY, begun)
             task = asyncio.get_running_loop().create_task(self._inquire(store, question, client, attempt, mark))
             self._under_way[mark] = task
             task.add_done_callback(lambda _: self._under_way.pop(mark, None))
@@ -207,7 +209,7 @@ class Authority:
         """What the store says; None: it cannot be asked. Goes on when the client goes away: what is spent is spent."""
         stamp = store.stamp(canonical(question.name))
         try:
-            answer = await store.check(question, client)
+            answer = await store.check(question, client, attempt.known())
         except UnavailableError as trouble:
             attempt.give_back()
             self._tell(store.label, trouble)
@@ -225,7 +227,7 @@ class Authority:
     async def _answer(self, task: Task[Answer | None], attempt: Attempt, begun: float) -> Verdict:
         answer = await asyncio.shield(task)
         if answer is None:
-            return UNAVAILABLE
+            return await self._later(UNAVAILABLE, DELAY, begun)
         return _accept(answer, attempt) if isinstance(answer, Account) else await self._refuse(answer, attempt, begun)
 
     def _prove(self, question: Proved, name: str) -> Verdict | Awaitable[Verdict]:
@@ -238,10 +240,14 @@ class Authority:
             return _accept(Account(name))
         return self._refuse(Denied(), attempt, self._now())
 
-    async def _refuse(self, denied: Denied, attempt: Attempt, begun: float) -> Verdict:
-        """Counted from the question on: how long a store took for its no is not seen."""
-        await self._sleep(max(0.0, begun + attempt.delay() - self._now()))
-        return Verdict("bad-credentials", R535_BAD_CREDENTIALS, problem=denied.problem)
+    def _refuse(self, denied: Denied, attempt: Attempt, begun: float) -> Awaitable[Verdict]:
+        verdict = Verdict("bad-credentials", R535_BAD_CREDENTIALS, problem=denied.problem)
+        return self._later(verdict, attempt.delay(), begun)
+
+    async def _later(self, verdict: Verdict, seconds: float, begun: float) -> Verdict:
+        """Counted from the question on: how long a store took is not seen."""
+        await self._sleep(max(0.0, begun + seconds - self._now()))
+        return verdict
 
     async def _find_rights(self, directory: Store, user: str, waiting: Awaitable[Found], mark: bytes) -> Rights | None:
         try:

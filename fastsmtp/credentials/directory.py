@@ -16,6 +16,7 @@ from typing import Protocol, TypeAlias
 from ..rights import Rights
 from ..verdict import Client, Identity, Keys, Password, ScramKeys, Token
 from . import Account, Answer, Asked, Denied, Found, UnavailableError, canonical
+from .guessing import network_of
 from .hashes import NOBODYS, Hashes
 from .scram import Shape, imagine_keys
 
@@ -70,13 +71,13 @@ class Directory:
     def mechanisms(self) -> frozenset[str]:
         return PASSWORDS | SCRAM if self._source.shapes else PASSWORDS
 
-    async def check(self, question: Asked, client: Client) -> Answer:
+    async def check(self, question: Asked, client: Client, known: bool = False) -> Answer:
         name = canonical(question.name)
         found = self._source.find(name)
         record = await found if isawaitable(found) else found
         match question:
             case Password():
-                return await self._check_password(record, question.password)
+                return await self._check_password(record, question.password, None if known else network_of(client.ip))
             case ScramKeys():
                 return self._keys(record, name)
             case Identity():
@@ -92,10 +93,10 @@ class Directory:
         self._hashes.close()
         await self._source.close()
 
-    async def _check_password(self, record: Sought, password: str) -> Answer:
+    async def _check_password(self, record: Sought, password: str, stranger: bytes | None) -> Answer:
         stored = record.password if record is not None and record.password else NOBODYS
         try:
-            fits = await self._hashes.verify(stored, password)
+            fits = await self._hashes.verify(stored, password, stranger)
         except ValueError as error:
             raise UnavailableError(f"user {record.name if record else ''}: {error}") from None
         if record is None or not fits:

@@ -56,7 +56,7 @@ class Dovecot:
     def stamp(self, name: str) -> object:
         return None
 
-    async def check(self, question: Asked, client: Client) -> Answer:
+    async def check(self, question: Asked, client: Client, known: bool = False) -> Answer:
         if not isinstance(question, Password):
             return Denied()
         request = render_request(question, client)

@@ -74,7 +74,7 @@ class Attempt:
         guessing = self._guessing
         if self._address and self._owes(self._address, guessing.address, 1) > 0.0:
             return True
-        return bool(self._user) and self._owes(self._user, guessing.user, 1) > 0.0 and not self._succeeded_lately()
+        return bool(self._user) and self._owes(self._user, guessing.user, 1) > 0.0 and not self.known()
 
     def spend(self) -> bool:
         """Takes it for a failure, until it is given back. False: there have been too many, and nothing is spent."""
@@ -82,7 +82,7 @@ class Attempt:
         if self._address and self._charge(self._address, guessing.address, 1) > 0.0:
             return False
         if self._user and self._charge(self._user, guessing.user, 1) > 0.0:
-            if not self._succeeded_lately():
+            if not self.known():
                 if self._address:
                     self._charge(self._address, guessing.address, -1)
                 return False
@@ -113,9 +113,10 @@ class Attempt:
         owed = self._owes(self._address, guessing.address, guessing.address.count)
         return min(DELAY_MOST, DELAY + DELAY_STEP * max(0.0, owed / guessing.address.interval - 1.0))
 
-    def _succeeded_lately(self) -> bool:
+    def known(self) -> bool:
+        """Whether this address has lately succeeded for this user."""
         guessing = self._guessing
-        return guessing.shared.owes(self._lately, LATELY_SECONDS, 1.0, guessing.now()) > 0.0
+        return bool(self._lately) and guessing.shared.owes(self._lately, LATELY_SECONDS, 1.0, guessing.now()) > 0.0
 
     def _owes(self, key: int, rate: Rate, n: int) -> float:
         guessing = self._guessing

@@ -70,7 +70,7 @@ class Oauth:
     def stamp(self, name: str) -> object:
         return None
 
-    async def check(self, question: Asked, client: Client) -> Answer:
+    async def check(self, question: Asked, client: Client, known: bool = False) -> Answer:
         if not isinstance(question, Token):
             return Denied()
         if self._under_way >= UNDER_WAY:
