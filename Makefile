@@ -28,10 +28,10 @@ run: $(VENV)/built
 	$(PYTHON) -m fastsmtp serve
 
 # Programs that some tests run are installed where that is allowed (Debian, root); elsewhere those tests are skipped.
-# Three processes, because tests wait more than they work.
+# Three processes, because tests wait more than they work; the longest files begin (tests/conftest.py).
 test: $(VENV)/tested
 	tests/install-programs
-	$(PYTHON) -m pytest -n 3 --dist loadfile $(ARGS)
+	$(PYTHON) -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(VENV)/benched
 	$(PYTHON) -m pytest bench -o python_files='bench_*.py' -o python_functions='bench_*' --benchmark-only \

@@ -5,6 +5,7 @@ too: `FASTSMTP_PURE=1` leaves them as they are. Everything else stands in pyproj
 """
 
 import os
+import sys
 
 from Cython.Build import cythonize
 from setuptools import Extension, setup
@@ -26,11 +27,12 @@ DIRECTIVES = {
 
 
 HOT = (
-    *("address", "bodies", "commands", "commit", "connection", "destinations", "domains", "doors", "extensions"),
-    *("fate", "gate", "ids", "job", "lists", "log", "memory_spool", "message", "patterns", "queue", "record", "reply"),
-    *("room", "routes", "service", "session", "spool", "terms", "tls_transport", "transaction", "verdict", "waiting"),
+    *("address", "arrival", "bodies", "commands", "commit", "connection", "destinations", "domains", "doors"),
+    *("extensions", "fate", "gate", "ids", "job", "lists", "log", "memory_spool", "message", "outlet", "patterns"),
+    *("queue", "record", "reply", "room", "routes", "service", "session", "spool", "telling", "terms"),
+    *("tls_transport", "transaction", "verdict", "waiting"),
     *("delivery/__init__", "delivery/body", "delivery/dialogue", "delivery/discard", "delivery/link"),
-    *("delivery/maildir", "delivery/offers", "delivery/replies", "delivery/transaction"),
+    *("delivery/maildir", "delivery/offers", "delivery/opening", "delivery/replies", "delivery/transaction"),
     *("policy/__init__", "policy/limits", "policy/lookup", "policy/quota", "policy/recipients", "policy/relay"),
     *("policy/rules", "policy/senders"),
 )
@@ -47,7 +49,11 @@ def compiled() -> list[Extension]:
     return extensions
 
 
-modules = cythonize(EXTENSIONS, compiler_directives=DIRECTIVES)
-if os.environ.get("FASTSMTP_PURE", "") in ("", "0"):
-    modules += compiled()
-setup(ext_modules=modules)
+modules = []
+# pip asks for metadata twice before it builds: nothing is translated for that.
+if not {"egg_info", "dist_info"}.intersection(sys.argv):
+    if os.environ.get("FASTSMTP_PURE", "") in ("", "0"):
+        modules += compiled()
+    modules += cythonize(EXTENSIONS, compiler_directives=DIRECTIVES)
+# The hot modules are one long C file, and begin; all others are compiled beside it.
+setup(ext_modules=modules, options={"build_ext": {"parallel": True}})

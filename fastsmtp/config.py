@@ -21,20 +21,21 @@ from pydantic_core import ErrorDetails
 
 from .config_access import Alias, Rule
 from .config_auth import Auth, AuthDovecot, AuthOauth, AuthSql
-from .config_conflicts import find_conflicts, is_local, nearest, serves
+from .config_conflicts import find_conflicts, nearest
 from .config_inbound import AheadLookup, Inbound, Postgresql, Sql, Sqlite, SqlLookup
 from .config_lists import InFile
 from .config_outgoing import Discard, Dns, Lmtp, Maildir, Odmr, Pipe, Queue, Relay, Route, Smtp, Transport
-from .config_sections import SECTIONS, Section, default_of, kind_of, section_at
+from .config_sections import FIXED, SECTIONS, Section, default_of, kind_of, section_at
 from .config_submission import Submission
 from .config_tables import Config, Customer, Domain, Limits, Listener, Log, Spool, Timeouts, Tls, Withhold
 from .config_values import Endpoint, Inet, Unix
+from .config_warnings import warnings
 from .toml_lines import Lines, Place
 
 __all__ = [
-    "CONFIG_VARIABLE", "DEFAULT", "SECTIONS", "AheadLookup", "Alias", "Auth", "AuthDovecot", "AuthOauth",
-    "AuthSql", "Config", "ConfigError", "Customer", "Discard", "Dns", "Domain", "Endpoint", "InFile", "Inbound",
-    "Inet", "Limits", "Listener", "Lmtp", "Log", "Maildir", "Odmr", "Pipe", "Postgresql", "Problem", "Queue",
+    "CONFIG_VARIABLE", "DEFAULT", "FIXED", "SECTIONS", "AheadLookup", "Alias", "Auth", "AuthDovecot",
+    "AuthOauth", "AuthSql", "Config", "ConfigError", "Customer", "Discard", "Dns", "Domain", "Endpoint", "InFile",
+    "Inbound", "Inet", "Limits", "Listener", "Lmtp", "Log", "Maildir", "Odmr", "Pipe", "Postgresql", "Problem", "Queue",
     "Relay", "Route", "Rule", "Section", "Smtp", "Spool", "Sql", "SqlLookup", "Sqlite", "Submission",
     "Timeouts", "Tls", "Transport", "Unix", "Withhold", "default", "default_of", "kind_of", "load", "parse",
     "problem_at", "warnings",
@@ -212,104 +213,3 @@ def _suggest(key: str, place: Place) -> str:
     if near := nearest(key, known):
         return near
     return f"; it belongs in {' or '.join(homes)}" if homes and all(homes) else f"; known here: {', '.join(known)}"
-
-
-# Bits of a network, by version of IP: what has fewer is nobody's own. Private ones have 8 (10.0.0.0/8) or 7 (fc00::/7).
-WIDE = {4: 8, 6: 7}
-
-# Where systems keep the authorities that sign for anybody.
-PUBLIC_AUTHORITIES = tuple(
-    map(
-        Path,
-        (
-            "/etc/ssl/certs/ca-certificates.crt",
-            "/etc/ssl/cert.pem",
-            "/etc/ssl/ca-bundle.pem",
-            "/etc/pki/tls/certs/ca-bundle.crt",
-            "/etc/pki/ca-trust/extracted/pem/tls-ca-bundle.pem",
-        ),
-    )
-)
-
-
-def warnings(config: Config) -> list[str]:
-    """What is allowed, but seldom meant."""
-    found = []
-    if not config.domain:
-        relays = bool(config.relay.networks or config.auth.stores)
-        found.append(
-            f"there is no [[domain]]: {'no mailbox is served here' if relays else 'every recipient is refused'}"
-        )
-    if not config.postmaster and any(domain.name != "*" for domain in config.domain):
-        found.append("postmaster is not set: every domain must have one who is read (RFC 5321 4.5.1)")
-    if config.spool.durability == "none":
-        found.append('spool.durability is "none": acknowledged mail is lost when the machine stops')
-    found += [
-        f'[[domain]] {row.name}: catch_all gets nothing: recipients is "any", so no mailbox is unknown'
-        for row in config.domain
-        if row.catch_all and row.recipients == "any"
-    ]
-    found += _outgoing_warnings(config)
-    for listener in config.listener:
-        where = ", ".join(map(str, listener.address))
-        if listener.role == "submission" and not config.auth.stores:
-            found.append(f"{where}: nobody can authenticate ([auth] names no users), so submission takes no mail")
-        if listener.tls == "off" and not all(map(is_local, listener.address)):
-            found.append(f"{where}: mail crosses the network in clear (tls is off)")
-        if listener.client_ca is not None and _is_public(listener.client_ca):
-            found.append(f"{where}: client_ca {listener.client_ca} is for servers of anybody, not for users of yours")
-        if listener.role == "mx" and listener.client_certificate == "optional":
-            found.append(
-                f"{where}: hosts that show a certificate of another authority than client_ca cannot send mail here "
-                '(client_certificate is "optional")'
-            )
-    found += [
-        f"[[customer]] networks: {network} lets anybody ask for the mail of {', '.join(customer.domains)}"
-        for customer in config.customer
-        for network in customer.networks
-        if network.prefixlen < WIDE[network.version]
-    ]
-    return found
-
-
-def _is_public(path: Path) -> bool:
-    return path.name == "cacert.pem" or path.resolve() in [known.resolve() for known in PUBLIC_AUTHORITIES]
-
-
-def _outgoing_warnings(config: Config) -> list[str]:
-    relay = config.relay
-    used = {relay.transport, *(row.transport for row in config.domain), *(row.transport for row in config.route)}
-    found = [f"nothing uses [transport.{name}]" for name in config.transport if name not in used]
-    found += [
-        f"[[route]] {route.domain} is never used: [[domain]] {domain.name} serves it"
-        for route in config.route
-        for domain in config.domain
-        if not route.domain.startswith("*") and serves(domain.name, route.domain)
-    ]
-    found += [
-        f"relay.networks: {network} makes this an open relay: anybody may send to any domain"
-        for network in relay.networks
-        if network.prefixlen < WIDE[network.version]
-    ]
-    found += [
-        f"[[domain]] {row.name} makes this an open relay: whatever comes goes on by [transport.{row.transport}]"
-        for row in config.domain
-        if row.name == "*" and isinstance(config.transport[row.transport], Smtp)
-    ]
-    if any(network.is_loopback for network in relay.networks):
-        found += [
-            f"{address}: programs of this machine may send to any domain over this mx listener, and so may everybody "
-            "whom a proxy or a tunnel brings there"
-            for listener in config.listener
-            for address in listener.address
-            if listener.role == "mx" and isinstance(address, Inet) and is_local(address)
-        ]
-    everything = [*(row.name for row in config.domain), *(route.domain for route in config.route)]
-    if config.domain and not relay.transport and "*" not in everything:
-        found.append("nothing takes mail to other domains: senders there are not told what fails (set relay.transport)")
-    for name, way in config.transport.items():
-        if isinstance(way, Lmtp) and not is_local(way.address):
-            found.append(f"[transport.{name}]: mail crosses the network to {way.address} in clear")
-    if config.dns.allow_loopback:
-        found.append("dns.allow_loopback is for tests: whoever has a domain can have mail sent to this machine")
-    return found

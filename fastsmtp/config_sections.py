@@ -1,7 +1,8 @@
 """What there is to configure, for people: each kind of table with its keys, found in the models themselves.
 
-In: the models. Out: SECTIONS, in the order of the file; a key's type and default as words. `section_at` finds the kind
-of the table at a place of a document, so that an error can say what would be known there. Nothing here reads a file.
+In: the models. Out: SECTIONS, in the order of the file, and what of them a reload leaves as it was (FIXED); a key's
+type and default as words. `section_at` finds the kind of the table at a place of a document, so that an error can say
+what would be known there. Nothing here reads a file.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pydantic import Tag
 from pydantic.fields import FieldInfo
 
 from .config_tables import Config
-from .config_values import Kind, Table, Unset, show
+from .config_values import Kind, Restart, Table, Unset, show
 from .toml_lines import Place
 
 
@@ -57,6 +58,28 @@ def _find_sections(kind: object, place: tuple[str, ...]) -> Iterator[Section]:
 
 
 SECTIONS = list(_find_sections(Config, ()))
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What only a restart changes: a key of a kind of table, or a whole table that stands at the top of the file."""
+
+    section: Section
+    key: str
+
+    def __str__(self) -> str:
+        heading = self.section.heading
+        if not heading:
+            return self.key if self.key in self.section.keys else f"[{self.key}]"
+        return f"{heading} {self.key}" if heading[:2] == "[[" else f"{heading[1:-1]}.{self.key}"
+
+
+FIXED = [
+    Fixed(section, name)
+    for section in SECTIONS
+    for name, field in section.model.model_fields.items()
+    if any(isinstance(data, Restart) for data in field.metadata)
+]
 
 
 def section_at(place: Place) -> Section:

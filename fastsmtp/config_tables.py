@@ -45,6 +45,7 @@ from .config_values import (
     Mode,
     Name,
     Networks,
+    Restart,
     Size,
     Table,
     Unset,
@@ -156,7 +157,7 @@ class Listener(Table):
         False, description="True: EXPN tells everyone what an alias stands for. False: only who may relay."
     )
     brackets: StrictBool = Field(True, description="False: `MAIL FROM:a@b` without `<>` is tolerated.")
-    mode: Mode = Field(0o660, description="Who may connect to a unix socket.")
+    mode: Annotated[Mode, Restart()] = Field(0o660, description="Who may connect to a unix socket.")
     withhold: tuple[Withhold, ...] = Field((), description="EHLO keywords withheld from chosen clients.")
 
 
@@ -173,7 +174,7 @@ class Limits(Table):
     errors: Count = Field(20, ge=1, description="Bad commands in a session before it is closed with 421.")
     useless: Count = Field(100, ge=1, description="Commands that do nothing (NOOP, RSET, ...) before 421.")
     sessions: Count = Field(10000, ge=1, description="Open sessions of the whole machine; more are told 421.")
-    memory: Size = Field(
+    memory: Annotated[Size, Restart()] = Field(
         parse_size("256MB"), ge=1, description="For bodies on their way and jobs that wait, per worker."
     )
 
@@ -266,11 +267,11 @@ class Config(Table):
     hostname: Annotated[Hostname, Unset("this machine's name")] = Field(
         default_factory=machine_name, description="Our name in the greeting and in Received."
     )
-    data_dir: FilePath = Field(Path("fastsmtp-data"), description="The folder of the spool.")
-    workers: Annotated[StrictInt, Kind("number")] = Field(
+    data_dir: Annotated[FilePath, Restart()] = Field(Path("fastsmtp-data"), description="The folder of the spool.")
+    workers: Annotated[StrictInt, Kind("number"), Restart()] = Field(
         0, ge=0, le=1000, description="Processes that serve; 0: one per core."
     )
-    user: str = Field("", description="Who the workers become when started as root; empty: stay.")
+    user: Annotated[str, Restart()] = Field("", description="Who the workers become when started as root; empty: stay.")
     postmaster: Annotated[str, AfterValidator(check_postmaster), Kind("address")] = Field(
         "",
         description="Who gets the mail for `postmaster`, at every domain and without one; at a domain "
@@ -283,9 +284,9 @@ class Config(Table):
     limits: Limits = Field(Limits(), description="How much is accepted.")
     inbound: Inbound = Field(Inbound(), description="How much one client may.")
     timeouts: Timeouts = Field(Timeouts(), description="How long is waited.")
-    spool: Spool = Field(Spool(), description="Where accepted mail waits.")
+    spool: Annotated[Spool, Restart()] = Field(Spool(), description="Where accepted mail waits.")
     queue: Queue = Field(Queue(), description="When a delivery is tried again.")
-    log: Log = Field(Log(), description="What the log looks like.")
+    log: Annotated[Log, Restart()] = Field(Log(), description="What the log looks like.")
     domain: tuple[Domain, ...] = Field((), description="Whose mail is taken.")
     route: tuple[Route, ...] = Field((), description="The ways to domains that are not served here.")
     relay: Relay = Field(Relay(), description="Who may send to any domain.")

@@ -370,6 +370,11 @@ class Unset:
     text: str
 
 
+@dataclass(frozen=True)
+class Restart:
+    """Of a key that a reload leaves as it was: only a restart changes it."""
+
+
 Duration: TypeAlias = Annotated[float, BeforeValidator(parse_duration), Kind("duration", show_duration)]
 RateLimit: TypeAlias = Annotated[Rate, PlainValidator(parse_rate), Kind("rate")]
 Size: TypeAlias = Annotated[int, BeforeValidator(parse_size), Kind("size", show_size)]

@@ -27,7 +27,7 @@ from .connection import Connection
 from .domains import Domain, Domains
 from .job import Draft
 from .memory_spool import MemoryDraft, MemorySpool
-from .message import Message
+from .message import Message, shows_tls
 from .metrics import Counter
 from .policy import Policy
 from .policy.recipients import KNOWN_MAILBOX, UNKNOWN_MAILBOX, Recipients
@@ -210,7 +210,7 @@ class _Caller:
             b"".join([message.prefix, *parts]),
             envelope.client,
             envelope.helo,
-            envelope.protocol.rstrip("A").endswith("S"),
+            shows_tls(message.prefix),
         )
         outcome: Stored | Refused = STORED
         try:

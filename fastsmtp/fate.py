@@ -24,6 +24,7 @@ from .schedule import Schedule
 
 BAD = (Action.FAILED, Action.DELAYED)
 NOWHERE = Outcome(Result.FAILED, "5.4.4", "no way leads to the sender: [relay] has no transport", Scope.HOST)
+UNTOLD = Outcome(Result.DEFERRED, "4.3.0", "the sender could not be told; see the log", Scope.MESSAGE)
 
 
 class Fate(NamedTuple):
@@ -92,6 +93,19 @@ class Fates:
     def postponed(self, job: Job, number: int, outcome: Outcome, transport: str, rest: float) -> Fate:
         """No attempt is made: for `rest` seconds its destination is dead."""
         return self._later(job, number, outcome, transport, self._after(job, rest), 0, may_end=True)
+
+    def untold(self, job: Job, event: Event, mark: Mark) -> Mark:
+        """What is marked instead where nobody could be told: what has failed or is late is tried again, and told then.
+        What was delivered is done, for it would be delivered twice."""
+        if event.action not in BAD:
+            return mark
+        due = self._now() + self._schedule.retry_max if mark.due is None else mark.due
+        attempts = mark.attempts or _attempts(job, mark.number) + 1
+        self._log.write(
+            logs.DEFERRED, job.message.id, str(event.recipient.address), "", UNTOLD.status, UNTOLD.text, attempts,
+            round(due - self._now()),
+        )  # fmt: skip
+        return Mark(job.key, mark.number, due, attempts, f"{event.status} {event.text}")
 
     def _wait(self, job: Job, number: int) -> float:
         return self._schedule.wait(_attempts(job, number) + 1, lambda: self._draw(job))

@@ -183,6 +183,12 @@ def hidden_from(client: Client) -> str:
     return f"Received: from localhost (hidden){tls}\r\n\tby "
 
 
+def shows_tls(prefix: bytes) -> bool:
+    """Whether a message came over TLS, by the Received field that it got here. The word behind "with" does not say so
+    where the client said HELO (RFC 3848)."""
+    return b"\r\n\t(" in prefix.partition(b"\r\n\tby ")[0]
+
+
 def received(from_part: str, hostname: str, envelope: Envelope, date: str) -> bytes:
     """The Received field of a message. The recipient is shown only when it is the only one."""
     recipients = envelope.recipients

@@ -4,12 +4,12 @@ In: jobs, from the spool's commits while they are in memory, and claimed from th
 mark for each recipient tried, and reports. The life of a delivery:
     offer -> dispatch: recipients are routed, anew at each attempt, into lanes, one for each destination
           -> start: as many calls of `deliver` as the lane's window and the machine's slots allow
-          -> settle: outcomes become fates; marks are made, and reports kept in the same commit as what they tell of
+          -> settle: outcomes become fates, and fates marks in the spool
 What waits in a lane is bounded: behind that, and where the destination is dead, mail goes back to the spool with a time
 at which it is due. Bodies of waiting jobs are dropped from memory when the spool says that it has too much of them, and
 read back. Nothing is delivered that could not be marked: while the spool is not well, lanes rest.
-Not here: windows and dead destinations (destinations), what an outcome means (fate), times (schedule), reports
-(reporting), transports, SQL. Knows only delivery/__init__ and the spool's Backlog.
+Not here: windows and dead destinations (destinations), what an outcome means (fate), what is told with which mark
+(telling), times (schedule), transports, SQL. Knows only delivery/__init__ and the spool's Backlog.
 """
 
 from __future__ import annotations
@@ -19,8 +19,6 @@ import random
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
-from functools import partial
-from pathlib import Path
 from typing import TypeAlias
 
 from . import log as logs
@@ -31,18 +29,18 @@ from .delivery import Delivery, Outcome, Result, Scope, Transport
 from .destinations import DEAD, Batch, Destinations, Lane, LaneState, unreached
 from .fate import Fate, Fates
 from .job import Backlog, Job, Mark
-from .message import LIST, Message, Recipient, sent_by_owner
+from .message import LIST, Recipient, sent_by_owner
 from .metrics import Counter
 from .reporting import Reports
 from .schedule import Schedule
 from .selection import Selection
+from .telling import Telling
 
 CLAIM = 500  # jobs claimed at once
 FEW = 50  # the same while memory is short; so many may wait then. One alone: 90 messages a second, not 5,000
 WAITING_LIMIT = 5_000  # deliveries that wait for one destination beyond this machine
 CROWDED = 6_000  # the same for all of them, above which no more than FEW may wait for each
 IN_MEMORY = 10_000  # deliveries in all lanes, above which none are claimed
-TOGETHER = 60.0  # seconds that a failure waits for the message's other recipients, to be told with theirs
 POLL_SECONDS = 0.05  # to ask again for a slot that another worker has
 POLLED = 100  # lanes asked for at once
 SWEEP_TICKS = 60
@@ -86,9 +84,9 @@ class Queue:
         self._log = log
         self._count = count
         self._now = now
-        self._reports = reports
         schedule = schedule or Schedule()
         self._fates = Fates(schedule, reports, log=log, count=count, now=now, chance=chance)
+        self._telling = Telling(backlog, self._fates, reports, log, self._let_go)
         self._destinations = Destinations(
             transports, schedule, shared or Shared(1, 0), worker, total,
             log=log, count=count, monotonic=monotonic, chance=chance,
@@ -96,7 +94,6 @@ class Queue:
         self._wanted: dict[int, int] = {}  # keys of jobs that were asked for by id, and the tick then
         self._waiting = 0  # deliveries in lanes and under way
         self._beyond = 0  # those of them that leave this machine
-        self._untold: dict[int, list[Fate]] = {}  # by the job's key: failures and delays that wait to be told
         self._queued: list[Lane] = []  # to be started
         self._hungry: deque[Lane] = deque()  # refused a slot
         self._polling = False
@@ -117,8 +114,8 @@ class Queue:
         """Goes on with another configuration. What waits for a transport that is none any more is still handed to it,
         until it is through or put off; then it takes the new way."""
         self._route = route
-        self._reports = reports
         self._fates.use(schedule, reports)
+        self._telling.use(reports)
         self._destinations.use(transports, schedule, total)
 
     def uses(self, transport: Transport) -> bool:
@@ -159,19 +156,25 @@ class Queue:
     async def close(self) -> None:
         """Finishes what transports have in hand; what waits stays in the spool."""
         self._closing = True
+        self._telling.end()
         while self._tasks:
             await asyncio.wait(self._tasks)
+        await self._telling.close()
 
     @property
     def idle(self) -> bool:
         """Whether nothing waits and nothing is under way."""
-        return not self._waiting and not self._tasks
+        return not self._in_hand and not self._tasks
+
+    @property
+    def _in_hand(self) -> int:
+        """Deliveries and reports."""
+        return self._waiting + self._telling.under_way
 
     def _look_for_more(self) -> None:
         """Claims what is due, as long as what waits already is little."""
-        if self._claiming or self._closing or self._waiting >= IN_MEMORY:
-            return
-        if self._waiting and self._backlog.over_budget:
+        in_hand = self._in_hand
+        if self._claiming or self._closing or in_hand >= IN_MEMORY or (in_hand and self._backlog.over_budget):
             return
         due = self._backlog.next_due()
         if due is not None and due <= self._now():
@@ -226,7 +229,7 @@ class Queue:
                 for part in _by_sender(recipients, numbers) if by_list else (numbers,):
                     self._put(lane, job, Delivery(job.message, [recipients[number] for number in part], part))
         if fates:
-            self._finish(job, fates)
+            self._telling.settle(job, fates)
         self._let_go(job)
 
     def _find_lane(self, job: Job, number: int, most: int, fates: list[Fate]) -> Lane | None:
@@ -254,7 +257,7 @@ class Queue:
         if not self._backlog.over_budget:
             return True
         self._backlog.drop(job)
-        return not self._backlog.over_budget or self._waiting < FEW
+        return not self._backlog.over_budget or self._in_hand < FEW
 
     def _put(self, lane: Lane, job: Job, delivery: Delivery) -> None:
         lane.waiting.append((job, delivery))
@@ -324,7 +327,7 @@ class Queue:
         batch, lane.waiting = lane.waiting, []
         for job, delivery in batch:
             fates = [self._fates.postponed(job, number, lane.failure, lane.name, rest) for number in delivery.numbers]
-            self._finish(job, fates)
+            self._telling.settle(job, fates)
         self._take_off(lane, batch)
 
     def _await_slot(self, lane: Lane) -> None:
@@ -420,67 +423,13 @@ class Queue:
                     fates = fates or []
                     fates.append(self._fates.attempted(job, number, outcome, lane.name, rest))
             if fates:
-                self._finish(job, fates)
+                self._telling.settle(job, fates)
         if delivered:
             self._count(RECIPIENTS_DELIVERED, delivered)
         self._backlog.finish(marks)
         self._take_off(lane, batch)
         if self._waiting < CLAIM:
             self._look_for_more()
-
-    def _finish(self, job: Job, fates: list[Fate]) -> None:
-        """Makes the marks, those with something to tell together with what tells it. Failures and delays of a message
-        are told together; a success is not kept waiting, for it would be delivered again after a crash."""
-        good = [fate for fate in fates if fate.event is not None and not fate.is_bad]
-        bad = [fate for fate in fates if fate.is_bad]
-        if good:
-            self._begin_report(job, good, patience=0.0)
-        if bad:
-            untold = self._untold.get(job.key)
-            if untold is not None:
-                untold += bad
-            else:
-                self._untold[job.key] = bad
-                self._begin_report(job, bad, patience=TOGETHER)
-        self._backlog.finish([fate.mark for fate in fates if fate.event is None])
-
-    def _begin_report(self, job: Job, fates: list[Fate], patience: float) -> None:
-        job.deliveries += 1
-        self._waiting += 1
-        self._run(self._report(job, fates, patience))
-
-    async def _report(self, job: Job, fates: list[Fate], patience: float) -> None:
-        """Keeps reports, and the marks with them. When that cannot be done before the end, the recipients are tried
-        again after the next start. `patience`: seconds to wait for what else of the message is under way."""
-        assert self._reports is not None
-        pause = 0.01
-        while patience > 0 and job.deliveries > 1 and not self._closing:
-            await asyncio.sleep(pause)
-            patience -= pause
-            pause = min(2 * pause, 1.0)
-        if self._untold.get(job.key) is fates:
-            del self._untold[job.key]
-        kept = False
-        try:
-            head = await self._head(job, self._reports.head_size(job.message))
-            told = [(fate.event, fate.mark) for fate in fates if fate.event is not None]
-            kept = await self._reports.keep(job.message, told, head, lambda: self._closing)
-        except Exception as error:
-            self._log.write(logs.BUG, "report", repr(error), logs.trace(error))
-        self._waiting -= 1
-        if kept:
-            job.deliveries -= 1
-            self._let_go(job)
-
-    async def _head(self, job: Job, size: int) -> bytes:
-        """The first octets of the body, fewer when they cannot be read: a report goes without them."""
-        message = job.message
-        if message.file:
-            loop = asyncio.get_running_loop()
-            return await loop.run_in_executor(None, partial(_read_head, Path(message.file), size))
-        if message.parts is None:
-            await self._backlog.read(job)
-        return _head_of(message, size)
 
 
 def _by_sender(recipients: Sequence[Recipient], numbers: Sequence[int]) -> list[list[int]]:
@@ -496,15 +445,3 @@ def _of_list(delivery: Delivery) -> Delivery:
     """As a transport is to send it; made when its message is in memory."""
     assert delivery.sender is not None
     return Delivery(sent_by_owner(delivery.message, delivery.sender), delivery.recipients, delivery.numbers)
-
-
-def _head_of(message: Message, size: int) -> bytes:
-    return b"".join(message.parts or ())[:size]
-
-
-def _read_head(path: Path, size: int) -> bytes:
-    try:
-        with path.open("rb") as file:
-            return file.read(size)
-    except OSError:
-        return b""

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, Protocol
 
-from .config import Config, Inet, Pipe, Unix
+from .config import FIXED, Config, Inet, Pipe, Unix
 from .seat import Settings
 from .tls import Pair
 
@@ -77,9 +77,10 @@ def keys_of(config: Config) -> dict[Key, int]:
     return found
 
 
-# What only a restart changes: at the top, and inside of tables.
-AT_TOP = ("user", "workers", "data_dir", "spool", "log")
-INSIDE = (("limits", "memory"),)
+# What only a restart changes: at the top, inside of tables, and of listeners, where it is about unix sockets.
+AT_TOP = [fixed.key for fixed in FIXED if not fixed.section.place]
+INSIDE = [(fixed.section.place[0], fixed.key) for fixed in FIXED if len(fixed.section.place) == 1]
+OF_LISTENERS = [fixed.key for fixed in FIXED if fixed.section.place == ("listener", "#")]
 
 
 def settle(old: Config, new: Config) -> tuple[Config, tuple[str, ...]]:
@@ -94,11 +95,14 @@ def settle(old: Config, new: Config) -> tuple[Config, tuple[str, ...]]:
     listeners = list(new.listener)
     before_by_key = keys_of(old)
     for at, number in keys_of(new).items():
-        mode = old.listener[before_by_key[at]].mode if at in before_by_key else listeners[number].mode
-        if isinstance(at[0], Unix) and mode != listeners[number].mode:
-            restart.append(f"listener[{number}].mode")
-            listeners[number] = listeners[number].model_copy(update={"mode": mode})
-            kept["listener"] = tuple(listeners)
+        if at not in before_by_key or not isinstance(at[0], Unix):
+            continue
+        for key in OF_LISTENERS:
+            value = getattr(old.listener[before_by_key[at]], key)
+            if value != getattr(listeners[number], key):
+                restart.append(f"listener[{number}].{key}")
+                listeners[number] = listeners[number].model_copy(update={key: value})
+                kept["listener"] = tuple(listeners)
     return new.model_copy(update=kept) if kept else new, tuple(restart)
 
 

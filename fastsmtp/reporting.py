@@ -10,7 +10,7 @@ postmaster cannot be told is only logged. RFC 3461 6.2; RFC 5321 4.5.5, 6.1.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from . import log as logs
@@ -60,12 +60,12 @@ class Reports:
         return self._reporter.head_size(message)
 
     async def keep(
-        self, message: Message, told: Iterable[tuple[Event, Mark]], head: bytes, is_ending: Callable[[], bool]
-    ) -> bool:
-        """Returns when reports of all events are kept, and their marks made; False: the server ends, and not all of
-        them are."""
+        self, message: Message, left: list[tuple[Event, Mark]], head: bytes, is_ending: Callable[[], bool]
+    ) -> None:
+        """Returns when reports of all events are kept, and their marks made. What is kept is taken out of `left`; the
+        rest stands there still when the server ends before, or something raises."""
         by_action: dict[tuple[Action, Address | None], list[tuple[Event, Mark]]] = {}
-        for event, mark in told:
+        for event, mark in left:
             by_action.setdefault((event.action, event.recipient.sender), []).append((event, mark))
         asked = bool(message.envelope.reverse_path)
         if not asked:
@@ -76,9 +76,10 @@ class Reports:
             about = message if owner is None else _sent_by(message, owner)
             while not await self._keep_one(about, action, events, marks, head):
                 if is_ending():
-                    return False
+                    return
                 await asyncio.sleep(AGAIN_SECONDS)
-        return True
+            for told in group:
+                left.remove(told)
 
     async def _keep_one(
         self, message: Message, action: Action, events: list[Event], marks: list[Mark], head: bytes

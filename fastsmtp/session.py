@@ -6,7 +6,7 @@ spool keeps the message, `resume` takes its answer). What a reply brings about i
 A transaction that ends, however it ends, is forgotten as a whole: `self.transaction = None`. HELO, TLS and every
 counter outlive it. Rules that hold for many verbs are columns of the verb table and are applied in `receive`.
 Not here: octets and their limits (parser), time-outs and early talkers (connection), who may send to whom (policy),
-what one mail gathers until it is whole (transaction.py).
+what one mail gathers until it is whole (transaction.py) and what is checked then (arrival.py).
 RFC 5321 3.1, 3.3, 4.1.4, 4.5.3; RFC 2033; RFC 2920; RFC 3030; RFC 3207; RFC 6531;
 RFC 4954; RFC 1985; RFC 2645.
 """
@@ -18,6 +18,7 @@ from typing import Final, NamedTuple, TypeAlias
 
 from ._parser import BodyEnd, FrameError, Line
 from .address import Address
+from .arrival import take_whole
 from .auth import MECHANISMS, Attempt, available
 from .auth_exchange import Exchange
 from .commands import (
@@ -37,16 +38,7 @@ from .commands import (
     parse_rcpt,
 )
 from .extensions import CommandError, without_success
-from .message import (
-    Envelope,
-    Recipient,
-    date,
-    hidden_from,
-    protocol_word,
-    received,
-    received_from,
-    waives_tls,
-)
+from .message import Envelope, Recipient, protocol_word, received_from
 from .reply import (
     R220_READY_FOR_TLS,
     R221_BYE,
@@ -87,9 +79,6 @@ from .reply import (
     R504_UNKNOWN_MECHANISM,
     R530_AUTH_NEEDED,
     R538_TLS_NEEDED,
-    R550_BARE_LINE_END,
-    R550_LINE_TOO_LONG,
-    R552_HEADER_TOO_BIG,
     R552_HOP_TOO_BIG,
     R552_TOO_BIG,
     R552_TOO_BIG_CLOSING,
@@ -105,8 +94,6 @@ from .reply import (
     queued,
     softened,
 )
-from .rights import NO_RIGHTS
-from .submission import Handling, Submitter, prepare
 from .terms import Terms
 from .transaction import Transaction
 from .verdict import Ask, Client, Refused, Stage, Store, Stored, Verdict
@@ -229,55 +216,12 @@ class Session:
                 transaction.failure = R552_TOO_BIG
                 return R552_TOO_BIG
             return R250_CHUNK_OK
-        envelope = transaction.envelope
-        if end.too_big:
-            return self._finish(R552_TOO_BIG)
-        if end.bare and not (self.terms.bare_bdat if transaction.begun else self.terms.bare_data):
-            return self._finish(R550_BARE_LINE_END)
-        if end.long_line and envelope.body != "BINARYMIME":
-            return self._finish(R550_LINE_TOO_LONG)
-        if end.long_header:
-            return self._finish(R552_HEADER_TOO_BIG)
-        if header_end < 0:
-            header_end = end.header_end
-        if (end.delivered or end.received > self.terms.hops) and transaction.loops(
-            bytes(head[:header_end]), self.terms.hops, self.terms.lmtp
-        ):
-            return self._finish(R554_LOOP)
-        arrived = self.terms.now()
-        prefix = received(self.from_part, self.terms.hostname, envelope, date(int(arrived)))
-        store = Store(envelope, prefix, arrived, header_end)
-        if self.client.user and (handling := self.terms.handling) is not None:
-            refusal = self._submit(handling, store, bytes(head[:header_end]))
-            if refusal is not None:
-                return self._finish(refusal)
-        if self.terms.waivable and not envelope.require_tls:
-            envelope.waives_tls = waives_tls(head, header_end)
-        if transaction.hops is not None:
-            refusal = transaction.unfit(end, store.prefix)
-            if refusal is not None:
-                return self._finish(refusal)
-        self.asked = store
-        return store
-
-    def _submit(self, handling: Handling, store: Store, header: bytes) -> Reply | None:
-        """Does to a user's message what submission does; or why it is refused."""
-        envelope = store.envelope
-        client, hostname = self.client, self.terms.hostname
-        today = date(int(store.arrived))
-        submitter = Submitter(
-            client.user, client.rights or NO_RIGHTS, envelope.reverse_path, hostname, envelope.id, today
-        )
-        changes = prepare(handling, header, submitter)
-        if isinstance(changes, Reply):
-            return changes
-        if handling.hide_client:
-            store.prefix = received(hidden_from(client), hostname, envelope, today)
-        store.prefix += changes.added
-        store.cuts = changes.cuts
-        if changes.headless:
-            store.header_end = 0
-        return None
+        whole = take_whole(self.terms, self.client, self.from_part, transaction, end, head, header_end)
+        if type(whole) is not Store:
+            assert type(whole) is Reply
+            return self._finish(whole)
+        self.asked = whole
+        return whole
 
     def resume(self, result: Verdict | Stored | Refused) -> Answer:
         """Goes on where an Ask or a Store was returned, with what came of it."""

@@ -3,7 +3,7 @@
 In: an address as the server's log shows it ("host:port" or "unix:/path"), octets or command lines. Out: replies,
 whole, as text with a line for each line. Nothing is corrected, and nothing is sent that was not asked for.
 `GoneError` is raised when the connection ends before a reply is whole: what became of the message is then unknown.
-Not here: what a reply must be.
+A TimeoutError says what was waited for. Not here: what a reply must be.
 """
 
 from __future__ import annotations
@@ -50,16 +50,21 @@ class Peer:
         timeout: float = 60,
         source: str = "",
     ) -> None:
-        if address.startswith("unix:"):
-            self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            self.socket.settimeout(timeout)
-            self.socket.connect(address.removeprefix("unix:"))
-        else:
-            host, _, port = address.rpartition(":")
-            self.socket = socket.create_connection((host, int(port)), timeout, (source, 0) if source else None)
+        try:
+            if address.startswith("unix:"):
+                self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                self.socket.settimeout(timeout)
+                self.socket.connect(address.removeprefix("unix:"))
+            else:
+                host, _, port = address.rpartition(":")
+                self.socket = socket.create_connection((host, int(port)), timeout, (source, 0) if source else None)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}: no connection to {address}") from None
         if implicit_tls:
             self.socket = unverified().wrap_socket(self.socket, server_hostname="mx.here.test")
         self._unread = b""
+        self._said = b""  # the begin of what was sent last
+        self._replies = 0  # that were read
         if hello:
             self.greeting = self.reply()
             self.hello = self.ask(hello)
@@ -76,8 +81,11 @@ class Peer:
         self.socket.close()
 
     def send(self, octets: bytes) -> None:
+        self._said = octets[:60]
         try:
             self.socket.sendall(octets)
+        except TimeoutError as error:
+            raise TimeoutError(f"{error}: {self._whereabouts()}, {len(octets)} octets are not taken") from None
         except (BrokenPipeError, ConnectionResetError) as error:
             raise GoneError(str(error)) from None
 
@@ -88,11 +96,18 @@ class Peer:
                 octets = self.socket.recv(65536)
             except ConnectionResetError as error:
                 raise GoneError(str(error)) from None
+            except TimeoutError as error:
+                what = f"reply {self._replies + 1}" if self._replies else "the greeting"
+                raise TimeoutError(f"{error}: {self._whereabouts()}, {what} is missing") from None
             if not octets:
                 raise GoneError(f"end of connection behind {self._unread!r}")
             self._unread += octets
+        self._replies += 1
         octets, self._unread = self._unread[: match.end()], self._unread[match.end() :]
         return octets.decode("ascii").replace("\r\n", "\n").removesuffix("\n")
+
+    def _whereabouts(self) -> str:
+        return f"from {self.socket.getsockname()}, said last {self._said!r}, unread {self._unread!r}"
 
     def replies(self, n: int) -> list[str]:
         return [self.reply() for _ in range(n)]

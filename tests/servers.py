@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,10 @@ PATIENCE = 60.0  # seconds for what takes less than one; the machine may be busy
 
 LISTENER = '[[listener]]\naddress = "127.0.0.1:0"\n'
 ANY_DOMAIN = '[[domain]]\nname = "*"\nrecipients = "any"\ntransport = "boxes"\n'
+
+_OF_MAIL = ("accepted", "delivered", "session")  # events
+_STATES = {"01": "open", "02": "asks", "03": "asked", "04": "ends", "05": "ends", "08": "told the end", "0A": "listens"}
+_TIME_WAIT = "06"
 
 # What stands before the sender's octets in a mailbox. The Received field of a message that is kept as sent ends its
 # lines in CRLF.
@@ -215,13 +219,49 @@ class Server:
             self._process.wait()
 
     def story(self, what: str) -> str:
-        """What went wrong, with the end of the log."""
-        last = b"\n".join(self.lines()[-30:]).decode(errors="replace")
-        return f"{what}\n{last}\n{self.errors() if self._errors.exists() else ''}"
+        """What went wrong, with the end of the log. May be asked by any thread."""
+        log = self._log.read_text(errors="replace").splitlines() if self._log.exists() else []
+        errors = self.errors() if self._errors.exists() else ""
+        return "\n".join([what, *log[-30:], errors])
+
+    def whereabouts(self, port: int) -> str:
+        """What the processes and the sockets of a port are at, and what the log says beside mail."""
+        log = self._log.read_text(errors="replace").splitlines()
+        life = [line for line in log if not any(f'"event":"{event}"' in line for event in _OF_MAIL)]
+        processes = [_describe(pid) for pid in (self.pid, *self.workers())]
+        return "\n".join([*life[-40:], *processes, *sockets(port)])
 
     def check_bugs(self) -> None:
         assert not self.events("bug"), self.story("a bug")
         assert "Traceback" not in self.errors(), self.errors()
+
+
+def _describe(pid: int) -> str:
+    """A process and what its first thread waits for in the kernel."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return f"process {pid}: {state} in {Path(f'/proc/{pid}/wchan').read_text() or 'no call'}"
+    except OSError as error:
+        return f"process {pid}: {error.strerror}"
+
+
+def sockets(port: int) -> list[str]:
+    """The sockets of a port as the kernel has them, and which processes hold them; of one that listens, `rx` is how
+    many wait to be accepted. proc(5), /proc/net/tcp."""
+    holders: dict[str, set[str]] = {}
+    for link in Path("/proc").glob("[0-9]*/fd/*"):
+        with suppress(OSError):
+            holders.setdefault(os.readlink(link), set()).add(link.parts[2])
+    found = []
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        _, local, remote, state, queues, _, _, _, _, inode, *_ = line.split()
+        ports = [int(end.partition(":")[2], 16) for end in (local, remote)]
+        if port in ports and state != _TIME_WAIT:
+            held = " ".join(sorted(holders.get(f"socket:[{inode}]", ()))) or "nobody"
+            sent, _, read = queues.partition(":")
+            name = _STATES.get(state, state)
+            found.append(f"socket {ports[0]} to {ports[1]}: {name}, tx {int(sent, 16)}, rx {int(read, 16)}, of {held}")
+    return found
 
 
 @contextmanager

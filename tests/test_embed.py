@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import smtplib
+import ssl
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
+from certs import Authority
 
 import fastsmtp
 from fastsmtp import Mail, RefuseError, Server
@@ -73,6 +75,32 @@ def test_a_message_reaches_the_function(loop: Callable[[], asyncio.AbstractEvent
         assert rest == b" x\r\n\r\nhello\r\n"
 
     run(loop, test)
+
+
+@pytest.mark.parametrize("hello", ["EHLO", "HELO"])
+def test_a_mail_says_whether_it_came_over_tls(hello: str, tmp_path: Path) -> None:
+    mails: list[Mail] = []
+    files = Authority(tmp_path).issue("mx", "mx.test")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(files.certificate, files.key)
+
+    def talk(address: str) -> None:
+        host, _, port = address.rpartition(":")
+        with smtplib.SMTP(host, int(port), "client.test") as client:
+            for secure in (False, True):
+                if secure:
+                    client.starttls(context=ssl._create_unverified_context())
+                client.docmd(hello, "client.test")
+                client.mail("a@x.test")
+                client.rcpt("b@y.test")
+                assert client.data("Subject: x\r\n\t(TLS)\r\n\tby \r\n\r\n")[0] == 250
+
+    async def test() -> None:
+        async with await fastsmtp.start(mails.append, "127.0.0.1:0", tls=context) as server:
+            await asyncio.to_thread(talk, server.addresses[0])
+        assert [mail.tls for mail in mails] == [False, True]
+
+    run(uvloop.new_event_loop, test)
 
 
 @pytest.mark.parametrize("loop", LOOPS)

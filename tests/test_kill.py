@@ -15,17 +15,19 @@ import itertools
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from peer import GoneError, Peer, stuff
-from servers import PATIENCE, ROOT, Server, files, read_mail, toml
+from servers import PATIENCE, ROOT, Server, files, read_mail, sockets, toml
 
 from loadtest.ledger import DOMAIN, Ledger, Outcome, any_size, digest, find_fault, make_body, outcome_of, read_ledger
 from loadtest.processes import free_port
@@ -58,20 +60,24 @@ class Sent:
 class Client(threading.Thread):
     """Sends messages in pipelined groups, over one connection until it breaks, then over the next."""
 
-    def __init__(self, address: str, ledger: Ledger, seed: int, done: threading.Event) -> None:
+    def __init__(
+        self, address: str, ledger: Ledger, seed: int, done: threading.Event, look: Callable[[str], str]
+    ) -> None:
+        """`look` tells what the server is at, for a client that waits in vain."""
         super().__init__()
         self._address = address
         self._ledger = ledger
         self._chance = random.Random(seed)
         self._done = done
-        self.error: Exception | None = None
+        self._look = look
+        self.failure = ""
 
     def run(self) -> None:
         try:
             while not self._done.is_set():
                 self._session()
         except Exception as error:
-            self.error = error
+            self.failure = self._look(f"{type(error).__name__}: {error}")
 
     def _session(self) -> None:
         try:
@@ -176,9 +182,8 @@ class Run:
         """Serves clients, and kills so often or so long."""
         self.server.start()
         done = threading.Event()
-        clients = [
-            Client(f"127.0.0.1:{self.port}", self.ledger, self.chance.getrandbits(32), done) for _ in range(CLIENTS)
-        ]
+        address = f"127.0.0.1:{self.port}"
+        clients = [Client(address, self.ledger, self.chance.getrandbits(32), done, self.look) for _ in range(CLIENTS)]
         reader = Reader(self.server.mail, done)
         threads = [*clients, reader]
         for thread in threads:
@@ -192,9 +197,13 @@ class Run:
             done.set()
             for thread in threads:
                 thread.join(2 * PATIENCE)
-        assert not any(thread.is_alive() for thread in threads), self.server.story("a client hangs")
-        assert [client.error for client in clients if client.error] == []
+        assert not any(thread.is_alive() for thread in threads), self.look("a client hangs")
+        failures = [client.failure for client in clients if client.failure]
+        assert not failures, "\n\n".join(failures)
         assert reader.faults == []
+
+    def look(self, what: str) -> str:
+        return f"{self.server.story(what)}\n{self.server.whereabouts(self.port)}\nstruck so far: {dict(self.struck)}"
 
     def strike(self) -> None:
         kind = self.chance.choices(("worker", "supervisor", "group", "start", "stop"), (5, 2, 2, 1, 1))[0]
@@ -308,6 +317,68 @@ def test_a_server_that_keeps_nothing_is_found_out(tmp_path: Path) -> None:
     finally:
         run.server.kill()
         run.ledger.close()
+
+
+@pytest.mark.parametrize("struck", ["workers", "supervisor", "group", "stop"])
+def test_nobody_is_forgotten_who_waits_to_be_accepted(tmp_path: Path, struck: str) -> None:
+    """Clients that the kernel has taken and no worker has accepted: the next worker greets them, or they are told."""
+    server = Server(tmp_path, toml(tmp_path, workers=2))
+    try:
+        server.start()
+        workers = server.workers()
+        for worker in workers:
+            os.kill(worker, signal.SIGSTOP)
+        waiting = [Peer(server.address, hello="") for _ in range(20)]
+        if struck == "workers":
+            for worker in workers:
+                os.kill(worker, signal.SIGKILL)
+        elif struck == "supervisor":
+            server.process.kill()
+        elif struck == "group":
+            server.kill()
+        else:
+            server.process.terminate()
+        if struck in ("supervisor", "stop"):
+            for worker in workers:
+                os.kill(worker, signal.SIGCONT)
+        heard = [hear(peer, 1 if struck == "workers" else 3) for peer in waiting]
+        if struck == "workers":
+            assert heard == [["220"]] * len(waiting)
+        else:  # whoever was greeted in the last moment is sent away
+            assert all(replies in ([], ["220"], ["220", "421"], ["421"]) for replies in heard), heard
+        if struck == "stop":
+            assert server.ended() == 0
+    finally:
+        server.kill()
+
+
+def hear(peer: Peer, most: int) -> list[str]:
+    """The codes that come, until the end or so many."""
+    codes: list[str] = []
+    with peer, suppress(GoneError):
+        while len(codes) < most:
+            codes.append(peer.reply()[:3])
+    return codes
+
+
+def test_a_client_that_waits_in_vain_is_told_of() -> None:
+    """What a failure of the loop shows: who waited for what, and where the kernel has its connection."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        port = listening.getsockname()[1]
+        with Peer(f"127.0.0.1:{port}", hello="", timeout=0.05) as peer:
+            with pytest.raises(TimeoutError, match=r"said last b'', unread b'', the greeting is missing"):
+                peer.reply()
+            own = peer.socket.getsockname()[1]
+            mine = f"of {os.getpid()}"
+            assert f"socket {port} to 0: listens, tx 0, rx 1, {mine}" in sockets(port)
+            assert f"socket {port} to {own}: open, tx 0, rx 0, of nobody" in sockets(port)
+            connection, _ = listening.accept()
+            with connection:
+                connection.sendall(b"220 here\r\n250 o")
+                assert peer.reply() == "220 here"
+                with pytest.raises(TimeoutError, match=r"b'EHLO x\\r\\n', unread b'250 o', reply 2 is missing"):
+                    peer.ask("EHLO x")
+                assert f"socket {port} to {own}: open, tx 0, rx 8, {mine}" in sockets(port)
 
 
 def test_a_log_that_nobody_reads_stops_nothing(tmp_path: Path) -> None:

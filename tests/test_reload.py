@@ -27,10 +27,10 @@ from peer import GoneError, Peer, stuff
 from servers import ANY_DOMAIN, LISTENER, ROOT, Server, files, mailbox, running, toml
 
 from fastsmtp.certificates import Watch
-from fastsmtp.config import parse
+from fastsmtp.config import FIXED, parse
 from fastsmtp.holdings import Holdings
 from fastsmtp.log import open_log
-from fastsmtp.reload import ADOPT, FORGET, PACKET, PREPARE, RESULT
+from fastsmtp.reload import ADOPT, AT_TOP, FORGET, INSIDE, OF_LISTENERS, PACKET, PREPARE, RESULT
 from fastsmtp.seat import Settings
 from fastsmtp.server import identity
 from loadtest.processes import free_port
@@ -270,6 +270,10 @@ def test_what_needs_a_restart_is_named_and_left(tmp_path: Path) -> None:
             "fastsmtp.toml: nothing is different",
             "note: workers, spool, log, limits.memory, listener[1].mode: different too, but this needs a restart",
         ]
+
+
+def test_all_that_is_said_to_need_a_restart_is_left() -> None:
+    assert len(AT_TOP) + len(INSIDE) + len(OF_LISTENERS) == len(FIXED) == 7
 
 
 def test_a_data_directory_without_a_server(tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def test_what_fails_by_several_ways_comes_back_in_one_report(log: Logged, tmp_pa
 def test_a_report_does_not_wait_for_ever_for_what_hangs(
     log: Logged, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fastsmtp.queue.TOGETHER", 0.05)
+    monkeypatch.setattr("fastsmtp.telling.TOGETHER", 0.05)
     fast, slow, sender = Scripted(NEVER), Scripted(), Scripted()
     slow.gate = asyncio.Event()
 
@@ -407,6 +407,106 @@ def test_a_report_is_kept_with_the_mark_that_it_tells_of(
         assert len(told(sender)) == 1
 
     play(kind, log[0], tmp_path, {"box": box, "x": sender}, test, schedule=TOLD._replace(delay_report=1e-9))
+
+
+class Faulty:
+    """A spool in which the keeping of reports is broken from the `good`-th on, until it is mended."""
+
+    def __init__(self, bench: Bench, good: int = 0) -> None:
+        self.bench = bench
+        self.good = good
+        self.mended = False
+        bench.tap.append = self.on_append
+
+    def on_append(self, message: Message, draft: Draft, *rest: Any) -> None:
+        if not message.envelope.reverse_path and not self.mended:
+            if not self.good:
+                raise RuntimeError("broken")
+            self.good -= 1
+        self.bench.spool.append(message, draft, *rest)
+
+
+@pytest.mark.parametrize("kind", Kinds)
+@pytest.mark.parametrize(("notify", "answer", "action"), [("", NEVER, "failed"), ("DELAY", LATER, "delayed")])
+def test_where_nobody_can_be_told_a_recipient_is_put_off_and_told_later(
+    kind: str, notify: str, answer: Outcome, action: str, log: Logged, tmp_path: Path
+) -> None:
+    box, sender = Scripted(answer, answer), Scripted()
+
+    async def test(bench: Bench) -> None:
+        faulty = Faulty(bench)
+        await bench.keep("b@box.test", notify=notify)
+        await bench.settle()
+        assert (told(sender), bench.spool.backlog) == ([], 1)
+        assert not isinstance(bench.spool, Spool) or not bench.spool._scan.held, "it is not kept in memory"
+        await bench.pass_time(10)
+        assert box.tried == ["b@box.test"], "put off"
+        faulty.mended = True
+        await bench.pass_time(2 * TOLD.retry_max)
+        assert box.tried == ["b@box.test"] * 2
+        assert told(sender) == [(action, "b@box.test", answer.status)]
+        await bench.pass_time(2 * TOLD.retry_max)
+        assert len(told(sender)) == 1
+        assert bench.spool.backlog == 0
+
+    play(kind, log[0], tmp_path, {"box": box, "x": sender}, test, schedule=TOLD._replace(delay_report=1e-9))
+    lines = log[1]()
+    assert [line["where"] for line in lines if line["event"] == "bug"] == ["report"]
+    untold = [line for line in lines if line["event"] == "deferred" and "could not be told" in line["why"]]
+    assert [(line["to"], line["attempts"]) for line in untold] == [("b@box.test", 1)]
+
+
+def test_what_was_delivered_is_not_delivered_again_because_nobody_can_be_told(log: Logged, tmp_path: Path) -> None:
+    box, sender = Scripted(), Scripted()
+
+    async def test(bench: Bench) -> None:
+        Faulty(bench)
+        await bench.keep("b@box.test", notify="SUCCESS")
+        await bench.settle()
+        assert (box.tried, bench.spool.backlog) == (["b@box.test"], 0)
+
+    play("disk", log[0], tmp_path, {"box": box, "x": sender}, test)
+    assert [line["where"] for line in log[1]() if line["event"] == "bug"] == ["report"]
+
+
+def test_what_could_not_be_told_before_the_end_is_tried_again_after_the_start(log: Logged, tmp_path: Path) -> None:
+    box, sender = Scripted(NEVER, NEVER), Scripted()
+
+    async def afterwards(bench: Bench) -> None:
+        await bench.pass_time(1)
+        assert told(sender) == [("failed", "b@box.test", "5.1.1")]
+
+    async def first(bench: Bench) -> None:
+        box.gate = asyncio.Event()
+        Faulty(bench)
+        await bench.keep("b@box.test")
+        await until(lambda: bool(box.batches))
+        closing = asyncio.create_task(bench.queue.close())
+        await turns()
+        box.gate.set()
+        await closing
+        box.gate = None
+
+    play("disk", log[0], tmp_path, {"box": box, "x": sender}, first)
+    play("disk", log[0], tmp_path, {"box": box, "x": sender}, afterwards)
+
+
+def test_of_two_reports_the_one_that_was_kept_is_not_repeated(log: Logged, tmp_path: Path) -> None:
+    box, late, sender = Scripted(NEVER), Scripted(LATER), Scripted()
+
+    async def test(bench: Bench) -> None:
+        faulty = Faulty(bench, good=1)
+        await bench.keep("b@box.test", "c@late.test", notify="FAILURE,DELAY")
+        await bench.settle()
+        faulty.mended = True
+        assert told(sender) == [("failed", "b@box.test", "5.1.1")]
+        late.script.append(LATER)
+        await bench.pass_time(2 * TOLD.retry_max)
+        assert told(sender) == [("failed", "b@box.test", "5.1.1"), ("delayed", "c@late.test", "4.2.0")]
+        assert box.tried == ["b@box.test"]
+
+    transports = {"box": box, "late": late, "x": sender}
+    play("disk", log[0], tmp_path, transports, test, schedule=TOLD._replace(delay_report=1e-9))
 
 
 @pytest.mark.parametrize("kind", Kinds)

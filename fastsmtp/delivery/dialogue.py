@@ -1,27 +1,24 @@
 """The client side of SMTP and LMTP, sans I/O: the octets of a host in, octets for it and outcomes out.
 
-A Dialogue is the life of one connection: greeting, EHLO or LHLO, TLS, login, deliveries, each in one transaction or
-more. It never waits and knows no socket. Each call returns a Step: what the transport is to do once it has written
-`take_output()`. Every recipient of a delivery gets one Outcome.
+A Dialogue is the life of one connection: its opening, then deliveries, each in one transaction or more. It never waits
+and knows no socket. Each call returns a Step: what the transport is to do once it has written `take_output()`. Every
+recipient of a delivery gets one Outcome.
 Nothing that had come before a command was sent is taken for its reply: not behind STARTTLS's 220, not behind 354, not
 before the end of a message has left; a host that says more than it was asked ends its session, and what it said in the
-same breath counts only where every order of its replies means the same. Credentials are given to a trusted channel.
-Not here: what a failure means (failures.py), what a host can take (offers.py), one mail (transaction.py), clocks and
-retries (the transport). RFC 5321 3.1, 4.1.1.1, 4.5.3.2; RFC 2033; RFC 3207; RFC 4954; RFC 8689; RFC 9422.
+same breath counts only where every order of its replies means the same.
+Not here: how a session begins (opening.py), what a failure means (failures.py), what a host can take (offers.py), one
+mail (transaction.py), clocks and retries (the transport). RFC 5321 4.5.3.2; RFC 2033; RFC 3207; RFC 8689; RFC 9422.
 """
 
 from __future__ import annotations
 
-from base64 import b64encode
-from collections.abc import Callable, Mapping
 from enum import Enum
-from typing import TypeAlias
 
 from . import Delivery, Outcome, Result
 from .body import BodyError, OutgoingBody
 from .failures import Answer, Finding, Stage, classify, failure, finding
-from .login import LoginError, Mechanism, choose, decode
-from .offers import NOTHING, Offers, Terms, check_message, check_recipient, parse_offers
+from .offers import Terms, check_message, check_recipient
+from .opening import Ending, Opening
 from .replies import Reply, ReplyParser
 from .transaction import Transaction, Wire
 
@@ -66,26 +63,18 @@ class Dialogue:
     def __init__(self, terms: Terms, host: str, *, secure: bool = False, trusted: bool = False) -> None:
         self.terms = terms
         self.host = host
-        self.secure = secure
-        self.trusted = trusted
-        self.offers: Offers = NOTHING
         self.outcomes: list[Outcome] = []  # of the last delivery, in the order of its recipients
         self.failure: Outcome | None = None  # why the session ended, where it was a failure
         self.progress = 0  # grows with each reply and piece: patience begins anew
         self.closed = False
         self._replies = ReplyParser()
         self._wire = Wire()
-        self._wire.awaited.append(Stage.GREETING)
+        self.opening = Opening(self._wire, terms, host, secure, trusted)
         self._step = WAIT
         self._answered: Stage | None = None  # by the last reply of the read that is being looked at
         # By that read: a delivery, places in it, and whether its recipients were answered with the message
         self._decided: tuple[_Work, list[int], bool] | None = None
         self._early = False  # that read came before the end of the message had left
-        self._ready = False  # greeted, and logged in where that is wanted
-        self._handshaking = False
-        self._plain_hello = False  # EHLO was refused, HELO is tried
-        self._clear_only = False  # STARTTLS was refused
-        self._mechanism: Mechanism | None = None
         self._work: _Work | None = None
         self._transaction: Transaction | None = None
         self._transactions = 0
@@ -99,7 +88,7 @@ class Dialogue:
         """What is being waited for; between deliveries nothing is."""
         if self._wire.awaited:
             return self._wire.awaited[0]
-        return Stage.TLS if self._handshaking else Stage.BODY
+        return Stage.TLS if self.opening.handshaking else Stage.BODY
 
     @property
     def patience(self) -> float:
@@ -109,18 +98,18 @@ class Dialogue:
     @property
     def reusable(self) -> bool:
         """Whether another delivery may be sent over this session."""
-        most = self.offers.transactions
-        return self._ready and not self.closed and not (most and self._transactions >= most)
+        most = self.opening.offers.transactions
+        return self.opening.done and not self.closed and not (most and self._transactions >= most)
 
     @property
     def opened(self) -> bool:
         """Whether it got as far as deliveries."""
-        return self._ready
+        return self.opening.done
 
     @property
     def idle(self) -> bool:
         """Whether it is between two deliveries."""
-        return self._ready and self._work is None
+        return self.opening.done and self._work is None
 
     @property
     def body(self) -> OutgoingBody | None:
@@ -140,7 +129,7 @@ class Dialogue:
         self._step = WAIT
         self.outcomes = []
         self._work = _Work(delivery, require_tls)
-        if self._ready:
+        if self.opening.done:
             self._start(self._work)
         return self._step
 
@@ -182,18 +171,14 @@ class Dialogue:
     def tls_started(self, trusted: bool) -> Step:
         """The handshake is done. `trusted`: the certificate was verified. All that was said before is void."""
         self._step = WAIT
-        self._handshaking = False
-        self.secure = True
-        self.trusted = trusted
         self._replies = ReplyParser()
-        self._plain_hello = False
-        self._hello()
+        self.opening.tls_started(trusted)
         return self._step
 
     def tls_failed(self, why: str, answer: Answer = GARBAGE) -> Step:
         """There was no handshake, or a certificate that will not do; or the host hung up, or took too long."""
         self._wire.awaited.clear()  # where TLS comes first the greeting is
-        self._handshaking = True
+        self.opening.handshaking = True
         return self._broken(answer, why)
 
     def send_piece(self, piece: bytes) -> Step:
@@ -227,88 +212,24 @@ class Dialogue:
                 self._wire.output.append(b"QUIT\r\n")
         return CLOSE
 
-    # Greeting, TLS, login
-
-    def _say(self, stage: Stage, line: str) -> None:
-        self._wire.say(stage, f"{line}\r\n".encode())
-
-    def _on_greeting(self, reply: Reply) -> None:
-        if reply.code >= 300:
-            self._end(Stage.GREETING, classify(reply), reply)
-        else:
-            self._hello()
-
-    def _hello(self) -> None:
-        verb = "LHLO" if self.terms.lmtp else "HELO" if self._plain_hello else "EHLO"
-        self._say(Stage.EHLO, f"{verb} {self.terms.hostname}")
-
-    def _on_ehlo(self, reply: Reply) -> None:
-        if reply.code < 300:
-            self.offers = NOTHING if self._plain_hello else parse_offers(reply, self.terms.ignore)
-            self._greeted()
-        elif reply.code >= 500 and not self._plain_hello and not self.terms.lmtp:
-            self._plain_hello = True
-            self._hello()
-        else:
-            self._end(Stage.EHLO, classify(reply), reply)
-
-    def _greeted(self) -> None:
-        """EHLO was answered: TLS comes first, then the login, then mail."""
-        terms = self.terms
-        if not self.secure and terms.starttls != "off" and self.offers.starttls and not self._clear_only:
-            self._say(Stage.STARTTLS, "STARTTLS")
-        elif not self.secure and terms.starttls == "required":
-            self._close(finding(Finding.NO_TLS, self.host), polite=True)
-        elif terms.credentials is None:
-            self._open()
-        elif not self.trusted:
-            self._close(finding(Finding.NO_CHANNEL, self.host), polite=True)
-        elif (chosen := choose(terms.credentials, self.offers.mechanisms)) is None:
-            self._close(finding(Finding.NO_LOGIN, self.host), polite=True)
-        else:
-            name, self._mechanism = chosen
-            first = self._mechanism.initial
-            self._say(Stage.AUTH, f"AUTH {name}" if first is None else f"AUTH {name} {b64encode(first).decode()}")
-
-    def _on_starttls(self, reply: Reply) -> None:
-        if reply.code < 300:
-            self._handshaking = True
-            self._step = TLS
-        elif reply.code >= 400 and self.terms.starttls == "opportunistic":
-            self._clear_only = True
-            self._greeted()
-        else:
-            self._end(Stage.STARTTLS, classify(reply), reply)
-
-    def _on_auth(self, reply: Reply) -> None:
-        mechanism = self._mechanism
-        assert mechanism is not None
-        try:
-            if reply.code == 334:
-                self._say(Stage.AUTH, b64encode(mechanism.answer(decode(reply.lines[0].strip()))).decode())
-            elif reply.code >= 300:
-                self._end(Stage.AUTH, classify(reply), reply)
-            elif mechanism.finished:
-                self._open()
-            else:
-                raise LoginError("the host did not prove that it knows the password")
-        except LoginError as error:
-            self._end(Stage.AUTH, GARBAGE, why=error.text)
-
-    def _open(self) -> None:
-        self._ready = True
-        self._mechanism = None
-        if self._work is not None:
-            self._start(self._work)
-        else:
-            self._step = READY
-
     # A delivery
 
+    def _open(self, ending: Ending | None) -> None:
+        """Goes on where the opening did."""
+        if ending is not None:
+            self._close(*ending)
+        elif self.opening.handshaking:
+            self._step = TLS
+        elif self.opening.done and self._work is not None:
+            self._start(self._work)
+        elif self.opening.done:
+            self._step = READY
+
     def _start(self, work: _Work) -> None:
-        delivery, offers = work.delivery, self.offers
+        delivery, opening = work.delivery, self.opening
+        offers = opening.offers
         why = check_message(delivery.message, offers, self.terms)
-        if work.require_tls and not (self.secure and self.trusted and offers.require_tls):
+        if work.require_tls and not (opening.secure and opening.trusted and offers.require_tls):
             if delivery.message.envelope.reverse_path:
                 why = Finding.REQUIRETLS
             else:  # RFC 8689 5: a report rather leaves without than not at all
@@ -329,7 +250,7 @@ class Dialogue:
             self._complete(work)
             return
         delivery = work.delivery
-        transaction = Transaction(self._wire, self.offers, self.terms, self.host, delivery.message)
+        transaction = Transaction(self._wire, self.opening.offers, self.terms, self.host, delivery.message)
         self._transaction = transaction
         self._transactions += 1
         recipients = [delivery.recipients[place] for place in work.current]
@@ -340,7 +261,7 @@ class Dialogue:
 
     def _take_places(self, work: _Work) -> list[int]:
         """The recipients of the next transaction, within what the host allows (RFC 9422 4)."""
-        offers = self.offers
+        offers = self.opening.offers
         most = min(self.terms.recipients, offers.recipients or self.terms.recipients)
         if len(work.pending) <= most and not (offers.domains or offers.transactions):
             taken, work.pending = work.pending, []
@@ -399,7 +320,7 @@ class Dialogue:
         wire.allowed -= 1
         stage = self._answered = wire.awaited.popleft()
         if transaction is None:
-            _OPENING[stage](self, reply)
+            self._open(self.opening.receive(stage, reply))
             return
         body = transaction.body
         try:
@@ -434,14 +355,15 @@ class Dialogue:
     def _doubt(self, code: str) -> None:
         """There was a reply too many, and it may have been any of them: a "no" that came last was perhaps the answer to
         the message, and one before it another recipient's. Only where all of them said yes did this one too."""
-        if self._transaction is not None and self.offers.pipelining:
+        if self._transaction is not None and self.opening.offers.pipelining:
             self._transaction.outcomes = [None] * len(self._transaction.outcomes)
         if self._decided is None:
             return
         work, places, whole = self._decided
         found = [work.outcomes[place] for place in places]
         only_end = not whole and self._answered in (END, LMTP_END)  # the recipients were answered before 354
-        if code < "3" and (only_end or all(each and each.result is DELIVERED for each in found)):
+        one_reply = only_end and self._answered is END  # of LMTP's, one for each recipient, any may be another's
+        if code < "3" and (one_reply or all(each and each.result is DELIVERED for each in found)):
             return
         doubtful = failure(Stage.END, GARBAGE, self.host, None, EXCESS)
         for place, outcome in zip(places, found, strict=True):
@@ -491,12 +413,3 @@ class Dialogue:
         self._wire.awaited.clear()
         self._wire.output = []
         self._step = CLOSE
-
-
-_Handler: TypeAlias = Callable[[Dialogue, Reply], None]
-_OPENING: Mapping[Stage, _Handler] = {
-    Stage.GREETING: Dialogue._on_greeting,
-    Stage.EHLO: Dialogue._on_ehlo,
-    Stage.STARTTLS: Dialogue._on_starttls,
-    Stage.AUTH: Dialogue._on_auth,
-}

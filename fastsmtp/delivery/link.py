@@ -155,7 +155,7 @@ class Link(asyncio.Protocol):
         self._transport = cast("asyncio.Transport", transport)
         if self.closing:
             self._transport.abort()
-        elif self.dialogue.secure:
+        elif self.dialogue.opening.secure:
             self._begin_handshake()
 
     def data_received(self, data: bytes) -> None:
@@ -309,7 +309,7 @@ class Link(asyncio.Protocol):
         except Exception as error:  # whatever it is, whoever waits is answered
             why = repr(error)
         self._handshake = None
-        implicit = self.dialogue.secure
+        implicit = self.dialogue.opening.secure
         if secured is not None and (self._early or (between.octets and not implicit)):
             # It comes before our EHLO, and would pass for the answer to it.
             why = "it speaks before it was spoken to"
@@ -332,7 +332,7 @@ class Link(asyncio.Protocol):
 
     def keep_session(self) -> None:
         """For the next handshake with this host; TLS 1.3 has it once the host has spoken."""
-        if self._transport is not None and self.dialogue.secure:
+        if self._transport is not None and self.dialogue.opening.secure:
             secured = self._transport.get_extra_info("ssl_object")
             if secured is not None:
                 self._manner.sessions.keep(self._name.strip("[]"), secured.session)

@@ -298,7 +298,7 @@ class Smtp:
                 failure = link.dialogue.failure
             opened = link.dialogue.opened
             if opened:
-                self.heard = link.dialogue.offers
+                self.heard = link.dialogue.opening.offers
             attempt.take(results, failure, opened=opened, kept=kept)
             if failure is None:
                 hop.failing_until = 0.0
