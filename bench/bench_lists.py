@@ -84,6 +84,7 @@ def keys_of(kind: Kind) -> list[str]:
     return [f"{address}.{n % 256}" if n % 2 else f"2001:db8::{n:x}" for n, address in enumerate(addresses)]
 
 
+@pytest.mark.timeout(3600)  # ten million lines take minutes to write and to compile
 @pytest.mark.parametrize("kind", ["mailboxes", "networks"])
 def bench_look_up(benchmark: BenchmarkFixture, lists: dict[Kind, tuple[Listed, Path, float]], kind: Kind) -> None:
     listed, folder, compiling = lists[kind]

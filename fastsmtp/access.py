@@ -8,7 +8,7 @@ ListError.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Callable, Container
 
 from .aliases import Aliases
 from .config import Config, Domain, InFile, Listener
@@ -39,8 +39,13 @@ class Exempt:
         return self._listed and self._listed.networks
 
 
-def make_rule_checks(config: Config, lists: Lists) -> list[Check]:
-    """A check for each stage at which a rule may refuse."""
+def rule_names(config: Config) -> list[str]:
+    """Their names, or else numbers."""
+    return [rule.name or str(number) for number, rule in enumerate(config.rule, 1)]
+
+
+def make_rule_checks(config: Config, lists: Lists, count: Callable[[str], None]) -> list[Check]:
+    """A check for each stage at which a rule may refuse; `count` is called with the name of each that does."""
 
     def patterns(value: object, kind: Kind) -> Container[str] | None:
         if isinstance(value, InFile):
@@ -51,15 +56,16 @@ def make_rule_checks(config: Config, lists: Lists) -> list[Check]:
 
     rules = [
         Rule(
-            rule.name or str(number),
+            name,
             rule.action,
             patterns(rule.client, "networks"),
             patterns(rule.helo, "names"),
             patterns(rule.sender, "addresses"),
             patterns(rule.recipient, "addresses"),
             rule.text,
+            count,
         )
-        for number, rule in enumerate(config.rule, 1)
+        for name, rule in zip(rule_names(config), config.rule, strict=True)
     ]
     return list(make_rules(rules))
 
@@ -78,7 +84,8 @@ def make_aliases(config: Config, domains: Domains, lists: Lists) -> Aliases | No
     common = config.alias.file
     if common is None and all(domain.aliases is None for domain in config.domain):
         return None
-    return Aliases(domains, lists.open("aliases", common) if common is not None else None, config.alias.members)
+    table = lists.open("aliases", common) if common is not None else None
+    return Aliases(domains, table, config.alias.members, lambda: lists.version)
 
 
 def mailboxes_of(domain: Domain, lists: Lists) -> Mailboxes | None:

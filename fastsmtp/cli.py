@@ -26,6 +26,7 @@ from .check import check_machine
 from .command_line import JSON_OPTION, config_option
 from .config import (
     DEFAULT,
+    FIXED,
     SECTIONS,
     Config,
     ConfigError,
@@ -43,16 +44,12 @@ from .config import (
     problem_at,
     warnings,
 )
+from .counters_command import counters
 from .list_watch import check_lists
 from .queue_command import queue
 from .reload_command import reload
 from .toml_lines import Place
 from .user_command import user
-
-_RESTART = (
-    "`fastsmtp reload` applies changes; user, workers, data_dir, [spool], [log], limits.memory and the mode of unix "
-    "sockets need a restart"
-)
 
 
 def _version() -> str:
@@ -167,6 +164,7 @@ def hand_over(arguments: tuple[str, ...]) -> None:
 main.add_command(queue)
 main.add_command(user)
 main.add_command(reload)
+main.add_command(counters)
 
 
 @main.command()
@@ -257,7 +255,8 @@ def _summary(config: Config) -> list[str]:
     for name, way in config.transport.items():
         lines.append(f"transport  {name}  {way.type} {_where(way)}".rstrip())
     lines.append(f"sendmail   for {_senders(config.data_dir)}")
-    lines += ["", *(f"warning: {warning}" for warning in warnings(config)), f"note: {_RESTART}"]
+    lines += ["", *(f"warning: {warning}" for warning in warnings(config))]
+    lines.append(f"note: `fastsmtp reload` applies changes; {', '.join(map(str, FIXED))} need a restart")
     return lines
 
 
@@ -288,8 +287,8 @@ text such as `"64KB"`, `"50MB"` or `"1GB"` (1 KB is 1,024 octets), or a number o
 the file's folder. Domain names may be written in any script. A key without a default must be given where its table
 stands. Changes take effect at a
 restart or, without ending a session, at `fastsmtp reload --config FILE` (or SIGHUP to the server's first process): a
-wrong configuration changes nothing, and what needs a restart is named (`user`, `workers`, `data_dir`, `[spool]`,
-`[log]`, `limits.memory`, the `mode` of a unix socket).
+wrong configuration changes nothing, and what needs a restart is named. That is:
+FIXED.
 
 Without a file this holds, and relative paths start at the current folder:
 """
@@ -297,7 +296,8 @@ Without a file this holds, and relative paths start at the current folder:
 
 def render_reference() -> str:
     """All keys with type, default and help, in Markdown."""
-    lines = [_INTRODUCTION, "```toml", DEFAULT + "```"]
+    introduction = _INTRODUCTION.replace("FIXED", ", ".join(f"`{fixed}`" for fixed in FIXED))
+    lines = [introduction, "```toml", DEFAULT + "```"]
     for section in SECTIONS:
         title = f"`{section.heading}`" if section.heading else "Top of the file"
         choice = f' with `type = "{section.choice}"`' if section.choice else ""

@@ -56,6 +56,7 @@ LINGER = 5.0  # seconds that a client has to take our last words while it still 
 # Names of this module: on Python 3.11 looking up an Enum's member costs 0.05 µs each time.
 NO_CONTENT: Final = Content.NONE
 ACCEPTED: Final = Counter.MESSAGES_ACCEPTED
+RECIPIENTS: Final = Counter.RECIPIENTS_ACCEPTED
 SESSIONS: Final = Counter.SESSIONS
 OCTETS: Final = Counter.OCTETS_RECEIVED
 
@@ -83,15 +84,15 @@ class Connection(asyncio.Protocol):
     """One client, from accept to close."""
 
     __slots__ = (
-        "admitted", "body_since", "busy", "client", "closing", "draft", "end", "head_open", "marked", "message",
-        "octets", "opened", "out", "parser", "paused", "pumping", "rewriter", "round", "service", "session", "since",
-        "stalled", "too_big_since", "transport", "yielded",
+        "body_since", "busy", "client", "closing", "draft", "end", "head_open", "marked", "message", "octets", "opened",
+        "out", "parser", "paused", "peer", "pumping", "rewriter", "round", "service", "session", "since", "stalled",
+        "too_big_since", "transport", "yielded",
     )  # fmt: skip
 
-    def __init__(self, service: Service, admitted: bool = False) -> None:
-        """`admitted`: the client came through the gate (gate.py): it has TLS, may come in, and is counted."""
+    def __init__(self, service: Service, peer: tuple[str, int] | None = None) -> None:
+        """`peer`: who it is, where the limits have let it in before (doors.py, gate.py)."""
         self.service = service
-        self.admitted = admitted
+        self.peer = peer
         self.transport: asyncio.Transport | None = None
         self.draft: Draft | None = None
         self.message: Message | None = None  # which the spool has been given
@@ -117,29 +118,31 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         service = self.service
         self.transport = cast("asyncio.Transport", transport)
-        peer = transport.get_extra_info("peername")
-        ip, port = (peer[0], peer[1]) if isinstance(peer, tuple) else ("", 0)
-        if service.limits is not None and not self.admitted:
-            refusal = service.limits.admit(ip.removeprefix("::ffff:"))
-            if refusal is not None:
-                self._turn_away(refusal)
-                return
-        # A mapped address is its IPv4 address in every list, limit and trace.
-        self.client = Client(ip.removeprefix("::ffff:"), port, service.name)
+        through_gate = isinstance(transport, TlsTransport)
+        if self.peer is not None:
+            ip, port = self.peer
+        else:
+            ip, port = peer_of(transport.get_extra_info("peername"))
+            if service.limits is not None:
+                refusal = service.limits.admit(ip)
+                if refusal is not None:
+                    self._turn_away(refusal)
+                    return
+        self.client = Client(ip, port, service.name)
         if not ip:
             self.client.uid = peer_uid(transport.get_extra_info("socket"))
         if service.trusts is not None:
             self.client.trusted = service.trusts(self.client.ip)
         if service.fetches is not None:
             self.client.fetches = service.fetches(self.client.ip)
-        if self.admitted:
+        if through_gate:
             self._secured(transport.get_extra_info("ssl_object"))
         self.opened = time.monotonic()
         self.round = service.rounds[service.turn - 1]
         self.round.add(self)
         self._begin(None)
         service.count(SESSIONS)
-        if not self.admitted and service.shared.open_session(service.worker) > service.session_limit:
+        if not through_gate and service.shared.open_session(service.worker) > service.session_limit:
             service.count(Counter.SESSIONS_REFUSED)
             self._bye(R421_TOO_MANY_SESSIONS, "too many sessions")
         elif service.draining:
@@ -153,7 +156,7 @@ class Connection(asyncio.Protocol):
         """For a client over its limits nothing is made that a session needs."""
         assert self.transport is not None
         self.closing = True
-        self.service.count(Counter.SESSIONS_REFUSED)
+        self.service.turn_away()
         self.transport.write(refusal)
         self.transport.close()
 
@@ -374,6 +377,7 @@ class Connection(asyncio.Protocol):
         if message is not None and type(result) is Stored:
             envelope = message.envelope
             service.shared.add(service.worker, ACCEPTED, 1)
+            service.shared.add(service.worker, RECIPIENTS, len(envelope.recipients))
             service.log.write(
                 logs.ACCEPTED, envelope.id, envelope.client, self.client.user or None,
                 envelope.reverse_path.wire or "<>",
@@ -486,6 +490,9 @@ class Connection(asyncio.Protocol):
         bad = reply.code >= 500 or reply is R421_TOO_MANY_GUESSES
         # One telephone with an old password must not turn its office away: guesses have buckets of their own.
         guessed = attempt is not None and attempt.reason != "" and self.session.terms.submission
+        why = reason(reply)
+        if (counter := counter_of(why)) is not None:
+            service.count(counter)
         if service.limits is not None and bad and stage not in NO_FAILURES and not guessed:
             service.limits.fail(self.client)
         if attempt is not None:
@@ -497,9 +504,6 @@ class Connection(asyncio.Protocol):
                     attempt.name[:NAME_SHOWN], attempt.reason, f"{reply.code} {reply.enhanced} {reply.text}",
                 )  # fmt: skip
                 return
-        why = reason(reply)
-        if (counter := counter_of(why)) is not None:
-            service.count(counter)
         if stage == b"RCPT":
             service.count(Counter.RECIPIENTS_REFUSED)
         elif stage in (b".", b"DATA", b"BDAT"):
@@ -533,6 +537,8 @@ class Connection(asyncio.Protocol):
 
     def _bye(self, reply: Reply, end: str) -> None:
         """Ends the session with a reply of our own accord."""
+        if (counter := counter_of(reason(reply))) is not None:
+            self.service.count(counter)
         reply = named(reply, self.service.terms.hostname)
         self.out.append(reply.wire)
         self._close(reply, end)
@@ -643,6 +649,12 @@ class Connection(asyncio.Protocol):
         self.client.helo = self.client.user = ""
         self.busy = False
         self._begin(self.session)
+
+
+def peer_of(address: object) -> tuple[str, int]:
+    """Address and port of a client, as the kernel has them; empty for a unix socket. A mapped address is its IPv4
+    address in every list, limit and trace."""
+    return (address[0].removeprefix("::ffff:"), address[1]) if isinstance(address, tuple) else ("", 0)
 
 
 def peer_uid(client: socket.socket | None) -> int:

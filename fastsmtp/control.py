@@ -41,7 +41,7 @@ class Desk:
 
     `places`: for each spool its administration, and who is told that mail in it is to be tried now: the queue, which
     forgets what it knows of dead hosts. `workers` is how many there are in all. `reload` has the configuration read
-    anew, for a user id.
+    anew, for a user id; `counters` are those of the whole server (metrics.py).
     """
 
     def __init__(
@@ -51,12 +51,14 @@ class Desk:
         now: Callable[[], float],
         log: logs.Log,
         reload: Callable[[int], Awaitable[dict[str, Any]]] | None = None,
+        counters: Callable[[], list[dict[str, Any]]] | None = None,
     ) -> None:
         self._places = places
         self._workers = workers
         self._now = now
         self._log = log
         self._reloads = reload
+        self._counts = counters
 
     async def answer(self, request: Mapping[str, Any], uid: int) -> Lines:
         """The lines that answer a request; the last is `done` or `error`."""
@@ -64,7 +66,7 @@ class Desk:
             handler = HANDLERS.get(str(request.get("do")))
             if handler is None:
                 raise RequestError(f"nothing is known here of {request.get('do')!r}")
-            if not self._places and handler not in (Desk._hello, Desk._reload):
+            if not self._places and handler not in (Desk._hello, Desk._reload, Desk._counters):
                 raise RequestError('mail is kept in memory only (spool.durability = "none"), out of reach')
             async for line in handler(self, request, uid):
                 yield line
@@ -84,6 +86,12 @@ class Desk:
             raise RequestError("the supervisor does not answer") from None
         except OSError as error:
             raise RequestError(error.strerror or str(error)) from None
+
+    async def _counters(self, request: Mapping[str, Any], uid: int) -> Lines:
+        """What the whole server has counted; asked of any one worker."""
+        if self._counts is None:
+            raise RequestError("no server runs here")
+        yield {"done": {"counters": self._counts()}}
 
     async def _order(self, request: Mapping[str, Any], uid: int) -> Lines:
         """Retry, hold, release and delete, spool by spool."""
@@ -177,6 +185,7 @@ HANDLERS: Mapping[str, Callable[[Desk, Mapping[str, Any], int], Lines]] = {
     "summary": Desk._summary,
     "count": Desk._count,
     "reload": Desk._reload,
+    "counters": Desk._counters,
     "retry": Desk._order,
     "hold": Desk._order,
     "release": Desk._order,

@@ -13,7 +13,7 @@ import asyncio
 from typing import cast
 
 from . import log as logs
-from .connection import Connection
+from .connection import Connection, peer_of
 from .metrics import Counter
 from .service import Service
 from .tls_transport import TlsTransport
@@ -22,42 +22,38 @@ from .tls_transport import TlsTransport
 class Gate(asyncio.Protocol):
     """One client, until it has come in. The service is the one of the moment at which it was accepted."""
 
-    __slots__ = ("_connection", "_ip", "_port", "_service")
+    __slots__ = ("_connection", "_let_in", "_peer", "_service")
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, peer: tuple[str, int] | None = None) -> None:
+        """`peer`: who it is, where the limits have let it in before (doors.py)."""
         self._service = service
-        self._ip = ""
-        self._port = 0
+        self._let_in = peer is not None
+        self._peer = peer or ("", 0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         plain = cast("asyncio.Transport", transport)
-        peer = plain.get_extra_info("peername")
-        if isinstance(peer, tuple):
-            self._ip, self._port = peer[0].removeprefix("::ffff:"), peer[1]
         service = self._service
-        if service.context is None or not self._admits():
+        if not self._let_in:
+            self._peer = peer_of(plain.get_extra_info("peername"))
+            if service.limits is not None and service.limits.admit(self._peer[0]) is not None:
+                service.turn_away()
+                plain.abort()
+                return
+        if service.shared.open_session(service.worker) > service.session_limit or service.context is None:
             service.count(Counter.SESSIONS_REFUSED)
+            self._dismiss()
             plain.abort()
             return
-        self._connection = Connection(service, admitted=True)
+        self._connection = Connection(service, self._peer)
         tls = TlsTransport(self._connection, service.context, service.loop, service.times.tls, self._on_handshake)
         plain.set_protocol(tls)
         tls.connection_made(plain)
-
-    def _admits(self) -> bool:
-        service = self._service
-        if service.limits is not None and service.limits.admit(self._ip) is not None:
-            return False
-        if service.shared.open_session(service.worker) <= service.session_limit:
-            return True
-        self._dismiss()
-        return False
 
     def _dismiss(self) -> None:
         service = self._service
         service.shared.close_session(service.worker)
         if service.limits is not None:
-            service.limits.leave(self._ip)
+            service.limits.leave(self._peer[0])
 
     def _on_handshake(self, tls: TlsTransport, error: Exception | None) -> None:
         if error is None:
@@ -65,5 +61,5 @@ class Gate(asyncio.Protocol):
             return
         service = self._service
         service.count(Counter.TLS_FAILURES)
-        service.log.write(logs.TLS_FAILED, self._ip, self._port, service.name, str(error))
+        service.log.write(logs.TLS_FAILED, *self._peer, service.name, str(error))
         self._dismiss()

@@ -109,7 +109,7 @@ class Generation:
         config, settings, tools = self.config, self.settings, self._tools
         self.ways.build()
         self.aliases = make_aliases(config, self.ways.domains, tools.lists)
-        self._rules = make_rule_checks(config, tools.lists)
+        self._rules = make_rule_checks(config, tools.lists, self._count_rule)
         self._trust = Trust(config.relay.networks)
         self._limits = self._make_limits()
         self.authority = open_authority(
@@ -302,6 +302,12 @@ class Generation:
             inbound, exempt, hostname=config.hostname, log=tools.log, shared=shared, worker=worker,
             version=exempt.version,
         )  # fmt: skip
+
+    def _count_rule(self, name: str) -> None:
+        """The rule has refused."""
+        number = self.settings.rules.get(name)
+        if number is not None:
+            self._tools.seat.shared.add(self._tools.seat.index, number, 1)
 
     def _make_fetch(self) -> Fetch:
         return Fetch(

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from . import log as events
 from . import reload
+from .access import rule_names
 from .certificates import CertificateError, Watch, files_of, read_pairs, try_all
 from .claim import (
     Listening,
@@ -36,6 +37,7 @@ from .config import Config, ConfigError
 from .delivery.runner import Runner
 from .list_watch import Preparation, Watcher
 from .log import Log
+from .metrics import RULES, Counter
 from .reload import Order, Result
 from .seat import Bound, Settings
 from .tls import bare_context
@@ -89,7 +91,10 @@ class Holdings:
         self.listening = listening
         self.contexts = [bare_context() for _ in range(len(settings.demands) + SPARE_CONTEXTS)]
         self._used = 0  # of the contexts
-        self.settings = replace(settings, tickets=self._assign_tickets(settings, None))
+        self._rules: dict[str, int] = {}  # the counters of all that there have been
+        self.settings = replace(
+            settings, tickets=self._assign_tickets(settings, None), rules=self._number_rules(settings.config)
+        )
         self.source = source
         self._file = file
         self._watch = watch
@@ -104,6 +109,7 @@ class Holdings:
         self._asked: list[tuple[int, str]] = []
         self._asked_again: list[tuple[int, str]] = []
         self.lists = Watcher(log, partial(drop_privileges, account) if account is not None else None)
+        self.lists.remove_others(settings.config)
 
     # A worker's share
 
@@ -243,7 +249,9 @@ class Holdings:
         config, restart = reload.settle(before, read)
         watch = Watch(path for files in files_of(config) for path in files)
         settings = read_settings(config)
-        settings = replace(settings, tickets=self._assign_tickets(settings, self.settings))
+        settings = replace(
+            settings, tickets=self._assign_tickets(settings, self.settings), rules=self._number_rules(config)
+        )
         keys = reload.keys_of(config)
         number = 1 + max((one.number for one in self.listening), default=-1)
         kept = [one for one in self.listening if one.key in keys]
@@ -298,6 +306,7 @@ class Holdings:
         self.runner = pending.runner or self.runner
         for line in self._lines.values():
             reload.send(line, reload.ADOPT)
+        self.lists.remove_others(self.settings.config)
         result = pending.result
         self._log.write(events.RELOADED, pending.by, result.file, result.changed, result.restart)
         self._tell(result)
@@ -346,6 +355,14 @@ class Holdings:
                 found[number] = self._used
                 self._used += 1
         return found
+
+    def _number_rules(self, config: Config) -> dict[str, int]:
+        """A counter for each rule by its name, which it keeps whatever becomes of the rules; those that are too many
+        have none."""
+        for name in rule_names(config):
+            if len(self._rules) < RULES:
+                self._rules.setdefault(name, len(Counter) + len(self._rules))
+        return dict(self._rules)
 
     # Certificates
 

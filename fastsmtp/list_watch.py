@@ -5,8 +5,9 @@ there in its present version, or ends with the first ListError, and nothing was 
 `Watcher`, which the supervisor has, looks at the text files once a second; a file that has changed, and then not for a
 second, is compiled. Both are asked in the supervisor's rounds: 10,000,000 lines take 10 seconds, and nobody waits.
 What is wrong is logged once, with file and line; the version before stays in force. So it does when a list has lost
-over half of its entries: somebody may be writing it still, and what is missing would be refused for good. All is done
-in forked processes, as the user that the workers are: whoever forks them has one thread. fork(2).
+over half of its entries: somebody may be writing it still, and what is missing would be refused for good. Compiled
+files of lists that the configuration in force does not name are removed: at the start, and when a reload has come true.
+All is done in forked processes, as the user that the workers are: whoever forks them has one thread. fork(2).
 Not here: what is read and written (list_compile.py).
 """
 
@@ -14,11 +15,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, NoReturn, TypeAlias
+from typing import NamedTuple, NoReturn, TypeAlias, get_args
 
 from . import log as logs
 from ._shared import die_with_parent
@@ -33,6 +36,10 @@ SMALL = 20  # entries: a list that has fewer may lose any number
 
 
 Become: TypeAlias = Callable[[], None] | None  # None: it stays who it is
+Said: TypeAlias = dict[str, int | str]  # what a process answers
+
+# What stands in the folder: compiled lists, and those that a process has begun
+_COMPILED = re.compile(rf"(?:{'|'.join(get_args(Kind))})-[0-9a-f]{{16}}(?:\.(\d+)\.tmp)?")
 
 
 def lists_of(config: Config) -> Iterator[tuple[Place, ListFile]]:
@@ -85,6 +92,19 @@ def _is_current(file: ListFile, folder: Path) -> bool:
         return False
 
 
+def _others(config: Config) -> list[Path]:
+    """Compiled files of lists that a configuration does not name, and what killed processes have left of such."""
+    folder = folder_of(config)
+    named = {file.compiled(folder).name for file in files_of(config)}
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        ours = _COMPILED.fullmatch(path.name)
+        writes = ours is not None and ours[1] is not None and Path("/proc", ours[1]).exists()
+        if ours is not None and path.name.partition(".")[0] not in named and not writes:
+            found.append(path)
+    return found
+
+
 def _half_of(file: ListFile, folder: Path) -> int:
     """Of the entries that are in force; 0: of a small list."""
     header = read_header(file.compiled(folder))
@@ -103,7 +123,7 @@ class _Child(NamedTuple):
         os.close(self.answer)
 
 
-def _fork(file: ListFile, folder: Path, become: Become, fewest: int = 0) -> _Child:
+def _fork(work: Callable[[], Said], become: Become) -> _Child:
     answer = os.memfd_create("list")
     try:
         pid = os.fork()
@@ -111,11 +131,11 @@ def _fork(file: ListFile, folder: Path, become: Become, fewest: int = 0) -> _Chi
         os.close(answer)
         raise
     if pid == 0:
-        _compile_and_exit(file, folder, become, answer, fewest)
+        _work_and_exit(work, become, answer)
     return _Child(pid, answer)
 
 
-def _compile_and_exit(file: ListFile, folder: Path, become: Become, answer: int, fewest: int) -> NoReturn:
+def _work_and_exit(work: Callable[[], Said], become: Become, answer: int) -> NoReturn:
     """The child: it keeps nothing open of its parent's, or clients would wait at a socket that nobody accepts from."""
     code = 1
     try:
@@ -132,17 +152,25 @@ def _compile_and_exit(file: ListFile, folder: Path, become: Become, answer: int,
             become()
         die_with_parent(signal.SIGKILL)
         os.nice(5)
-        said: dict[str, int | str]
-        try:
-            said = {"entries": compile_list(file, folder, fewest)}
-        except ListError as error:
-            said = {"line": error.line, "error": error.message}
-        except OSError as error:
-            said = {"line": 0, "error": f"its compiled form cannot be written to {folder}: {error.strerror}"}
-        os.write(answer, json.dumps(said).encode())
+        os.write(answer, json.dumps(work()).encode())
         code = 0
     finally:
         os._exit(code)
+
+
+def _compile(file: ListFile, folder: Path, fewest: int = 0) -> Said:
+    try:
+        return {"entries": compile_list(file, folder, fewest)}
+    except ListError as error:
+        return {"line": error.line, "error": error.message}
+    except OSError as error:
+        return {"line": 0, "error": f"its compiled form cannot be written to {folder}: {error.strerror}"}
+
+
+def _remove(files: Sequence[Path]) -> Said:
+    for file in files:
+        file.unlink(missing_ok=True)
+    return {}
 
 
 def _take_answer(child: _Child, file: ListFile, *, wait: bool) -> int | None:
@@ -174,7 +202,7 @@ class Preparation:
         """Whether every list is there. Raises ListError, and OSError when there is no process: it is over then."""
         while self._left:
             file = self._left[0]
-            child = self._child or _fork(file, self._folder, self._become)
+            child = self._child or _fork(partial(_compile, file, self._folder), self._become)
             self._child = None
             if _take_answer(child, file, wait=wait) is None:
                 self._child = child
@@ -209,6 +237,17 @@ class Watcher:
             self._looked = now
             self._look(files_of(config), folder_of(config), now)
 
+    def remove_others(self, config: Config) -> None:
+        """Removes compiled files of lists that a configuration in force does not name. Never while a reload is under
+        way, which may name them. What cannot be removed is left for the next time."""
+        try:
+            if others := _others(config):
+                child = _fork(partial(_remove, others), self._become)
+                os.waitpid(child.pid, 0)
+                os.close(child.answer)
+        except OSError:
+            pass
+
     def close(self) -> None:
         if self._child is not None:
             self._child[0].kill()
@@ -223,6 +262,8 @@ class Watcher:
             if file not in self._done:
                 header = read_header(file.compiled(folder))
                 self._done[file] = header.stamp if header is not None else None
+            elif not file.compiled(folder).exists():  # somebody has removed it: a worker could not start again
+                self._done[file] = None
             seen = self._seen.get(file, stamp)
             self._seen[file] = stamp
             if stamp == seen and stamp != self._done[file]:
@@ -230,7 +271,8 @@ class Watcher:
                 if _is_current(file, folder):  # a reload has done it
                     continue
                 try:
-                    self._child = (_fork(file, folder, self._become, _half_of(file, folder)), file, now)
+                    work = partial(_compile, file, folder, _half_of(file, folder))
+                    self._child = (_fork(work, self._become), file, now)
                 except OSError as error:
                     self._log.write(logs.LIST_KEPT, str(file.path), 0, f"no process compiles it: {error.strerror}")
                 return

@@ -258,7 +258,12 @@ class Listed:
     def refresh(self) -> bool:
         """Takes a new version when there is one; whether there was."""
         try:
-            version = stamp_of(self._file.stat())
+            try:
+                version = stamp_of(self._file.stat())
+            except FileNotFoundError:
+                if self._version is None:
+                    raise
+                return False  # no configuration names it any more (list_watch.py): who has mapped it goes on with it
             if version == self._version:
                 return False
             self._version = version  # one that cannot be used is not looked at again
@@ -319,9 +324,11 @@ class Listed:
 
 
 class Lists:
-    """The lists that one process has open. `folder` is where their compiled forms are."""
+    """The lists that one process has open. `folder` is where their compiled forms are. `version` grows when a list has
+    another one."""
 
     def __init__(self, folder: Path) -> None:
+        self.version = 0
         self._folder = folder
         self._open: dict[ListFile, Listed] = {}
 
@@ -342,7 +349,7 @@ class Lists:
         errors = []
         for listed in self._open.values():
             try:
-                listed.refresh()
+                self.version += listed.refresh()
             except ListError as error:
                 errors.append(error)
         return errors

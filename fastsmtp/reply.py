@@ -112,7 +112,7 @@ def softened(reply: Reply) -> Reply:
 
 
 # The connection is closed without a word: the peer speaks another protocol, or must not learn what it cannot know.
-SILENT_CLOSE = Reply(421, "", "", Then.CLOSE, wire=b"")
+SILENT_CLOSE = Reply(421, "", "", Then.CLOSE, wire=b"", reason="dropped")
 
 R220_READY_FOR_TLS = Reply(220, "2.0.0", "Ready to start TLS", Then.TLS)
 R221_BYE = Reply(221, "2.0.0", "Bye", Then.CLOSE)
@@ -225,6 +225,12 @@ _REASONS = {
     for name, value in globals().items()
     if name[:2] in ("R2", "R3", "R4", "R5")
 }
+# Every refusal by its reason, and what it says, in each of its forms
+REFUSALS: dict[str, str] = {}
+for _code, _text in _REASONS:
+    if _code >= 400:
+        _reason = _REASONS[_code, _text]
+        REFUSALS[_reason] = f"{REFUSALS[_reason]}; {_code} {_text}" if _reason in REFUSALS else f"{_code} {_text}"
 _REASONS |= {(_SOFT[code], text): name for (code, text), name in _REASONS.items() if code in _SOFT}
 
 

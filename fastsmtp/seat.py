@@ -34,13 +34,14 @@ class Bound(NamedTuple):
 class Settings:
     """A configuration, and what was read for it with every privilege. `passwords`: those of transports, by name.
     `pairs`: the server's certificates with their keys. By listener: what it wants of a TLS handshake, and which of the
-    seat's contexts is its own; listeners without TLS are not there."""
+    seat's contexts is its own; listeners without TLS are not there. `rules`: the counters of the rules, by name."""
 
     config: Config
     passwords: Mapping[str, str] = field(default_factory=dict, repr=False)
     pairs: tuple[Pair, ...] = field(default=(), repr=False)
     demands: Mapping[int, Demands] = field(default_factory=dict, repr=False)
     tickets: Mapping[int, int] = field(default_factory=dict)
+    rules: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,7 +39,7 @@ from .list_watch import files_of, folder_of
 from .lists import ListError, Lists
 from .log import Log
 from .memory_spool import MemorySpool
-from .metrics import Counter
+from .metrics import Counter, tell
 from .queue import Queue
 from .reload import Order, Orders
 from .seat import EXIT_CANNOT_START, Bound, Seat, Settings
@@ -178,7 +178,7 @@ class Worker:
             for spool, queue in zip(self._spools, self._queues, strict=True)
             if isinstance(spool, Spool)
         ]
-        desk = Desk(places, seat.workers, self._now, self._log, self._reload)
+        desk = Desk(places, seat.workers, self._now, self._log, self._reload, self._counters)
         self._control = Control(config.data_dir, seat.index, seat.workers, desk, self._log)
         self._doors.append(self._make_door(self._generation, Bound(LOCAL, LOCAL, self._control.submission())))
 
@@ -291,6 +291,10 @@ class Worker:
         if self._orders is None:
             raise OSError(errno.ENOTSUP, "this server was started without a configuration file")
         return await self._orders.reload(uid)
+
+    def _counters(self) -> list[dict[str, object]]:
+        """Those of all workers."""
+        return tell(self._seat.shared.total, self._generation.settings.rules)
 
     def _close_former(self) -> None:
         """Ends generations that nobody needs any more: neither sessions nor, for transports that have not gone over,

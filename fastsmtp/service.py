@@ -69,7 +69,7 @@ class Service:
     __slots__ = (
         "context", "draining", "early_refused", "fetches", "keeper", "last_words", "leaving", "limits", "log", "loop",
         "make_parser", "name", "outbox", "policy", "rounds", "session_limit", "shared", "tasks", "terms", "times",
-        "trusts", "turn", "withheld", "worker",
+        "trusts", "turn", "turned_away", "withheld", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -124,6 +124,7 @@ class Service:
         self.rounds: list[set[Connection]] = [set() for _ in range(self.times.period)]
         self.leaving: set[Connection] = set()
         self.turn = 0
+        self.turned_away = 0  # clients over their limits, since the start
 
     def connections(self) -> list[Connection]:
         return [connection for each in (*self.rounds, self.leaving) for connection in each]
@@ -145,6 +146,11 @@ class Service:
 
     def count(self, counter: Counter, n: int = 1) -> None:
         self.shared.add(self.worker, counter, n)
+
+    def turn_away(self) -> None:
+        """Counts a client that its limits did not let in."""
+        self.turned_away += 1
+        self.shared.add(self.worker, Counter.SESSIONS_REFUSED, 1)
 
     def post(self, transport: asyncio.Transport, octets: bytes) -> None:
         """Has octets sent when every session that can go on has gone on. A write runs the kernel's whole network

@@ -40,7 +40,7 @@ from .config import Config, Maildir
 from .folders import ask_as, find_closed
 from .holdings import Holdings, Source, start_runner, tell_service_manager
 from .log import Log, open_log
-from .metrics import Counter
+from .metrics import SIZE, Counter
 from .seat import EXIT_CANNOT_START, Seat
 
 Worker = Callable[[Config, Seat], int]
@@ -155,7 +155,7 @@ class _Supervisor:
         self._holdings = holdings
         self._mask = mask
         self._log = log
-        self._shared = Shared(workers, len(Counter))
+        self._shared = Shared(workers, SIZE)
         holdings.lists.on_kept = lambda: self._shared.add(0, Counter.LIST_KEPT, 1)
         self._places = [_Place(index) for index in range(workers)]
         self._alive, self._alive_end = os.pipe()

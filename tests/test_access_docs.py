@@ -145,6 +145,11 @@ def test_limits(site: Site, section: Section) -> None:
     site.run(f"$ {told}203.0.113.9\nlimits    203.0.113.9 not asked: only a running server counts\n...\n")
 
 
+@DOCUMENT.tries("How often")
+def test_how_often(site: Site, section: Section) -> None:
+    site.run(section.take("console"))
+
+
 @DOCUMENT.tries("When something changes")
 def test_when_something_changes(site: Site, section: Section) -> None:
     site.run(section.take("console"))

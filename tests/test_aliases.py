@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Awaitable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from test_lists import compiled
 from fastsmtp.address import Address, parse_address
 from fastsmtp.aliases import Aliases, Entry, ExpansionError, parse_entry
 from fastsmtp.domains import Domain, Domains, Found
+from fastsmtp.lists import Listed, Lists
 from fastsmtp.policy.recipients import Recipients
 from fastsmtp.policy.verify import Verify
-from fastsmtp.verdict import Ask, Client, Stage, Verdict
+from fastsmtp.verdict import Ask, Client, NextHop, Stage, Verdict
 
 TEXT = """\
 # everywhere
@@ -164,13 +166,103 @@ def test_aliases_that_name_each_other_often_are_walked_once(
     found: list[Address] = []
     find = Aliases._find
 
-    def count(self: Aliases, address: Address, row: Domain | None) -> Entry | None:
+    def count(self: Aliases, address: Address, row: Domain | None) -> str | None:
         found.append(address)
         assert len(found) < 200
         return find(self, address, row)
 
     monkeypatch.setattr(Aliases, "_find", count)
     assert expand(aliases, "a0@here.test") == ["bob@here.test", "carl@here.test"]
+
+
+# What is remembered
+
+
+class Counted:
+    """A list that counts how often it is asked."""
+
+    def __init__(self, listed: Listed) -> None:
+        self._listed = listed
+        self.asked = 0
+
+    def get(self, key: str) -> str | None:
+        self.asked += 1
+        return self._listed.get(key)
+
+    def has(self, mailbox: str) -> bool:
+        self.asked += 1
+        return self._listed.has(mailbox)
+
+
+def test_members_are_looked_up_once(tmp_path: Path) -> None:
+    """1,000 of them would hold up everybody else for 6 ms, at each RCPT."""
+    (tmp_path / "boxes").mkdir()
+    names = [f"u{n}@here.test" for n in range(1000)]
+    boxes = Counted(compiled(tmp_path / "boxes", "mailboxes", "\n".join(names[1:])))
+    table = Counted(compiled(tmp_path, "aliases", f"all: {', '.join(names)}\n"))
+    domains = Domains([Domain("here.test", "boxes", listed=boxes, detail="+")], "mx.here.test")
+    aliases = Aliases(domains, table, 1000)
+    expected = ["u0@here.test (unknown mailbox)", *names[1:]]
+    assert expand(aliases, "all@here.test") == expected
+    assert min(boxes.asked, table.asked) >= 1000
+    for address in ("all@here.test", "ALL@here.test", "all+x@here.test", "all+y@here.test"):
+        boxes.asked = table.asked = 0
+        assert expand(aliases, address) == expected
+        assert (boxes.asked, table.asked <= 4) == (0, True), address
+
+
+def test_what_is_remembered_is_what_would_be_found_again(domains: Domains, aliases: Aliases, tmp_path: Path) -> None:
+    """Whatever was asked before: also where an alias is reached by way of another, of a list, or of another domain."""
+    (tmp_path / "2").mkdir()
+    locals_ = ("ann", "abuse", "sales", "sales+x", "nested", "staff", "all", "ghost")
+    names = [f"{local}@{domain}.test" for local in locals_ for domain in ("here", "own", "any", "catch", "plus")]
+    fresh = {name: expand(Aliases(domains, compiled(tmp_path / "2", "aliases", TEXT), 100), name) for name in names}
+    for seed in range(5):
+        random.Random(seed).shuffle(names)
+        assert {name: expand(aliases, name) for name in names} == fresh
+
+
+def test_a_list_that_has_changed_is_looked_up_anew(tmp_path: Path) -> None:
+    (tmp_path / "boxes").mkdir()
+    boxes = compiled(tmp_path / "boxes", "mailboxes", "ann\n").list_file
+    table = compiled(tmp_path, "aliases", "all: ann, bob\n").list_file
+    lists = Lists(tmp_path / "made")
+    (tmp_path / "made" / boxes.compiled(Path()).name).symlink_to(boxes.compiled(tmp_path / "boxes" / "made"))
+    row = Domain("here.test", "boxes", listed=lists.open("mailboxes", boxes.path))
+    common = lists.open("aliases", table.path)
+    aliases = Aliases(Domains([row], "mx.here.test"), common, 100, lambda: lists.version)
+    for _ in range(2):
+        assert expand(aliases, "all@here.test") == ["ann@here.test", "bob@here.test (unknown mailbox)"]
+        assert lists.refresh() == []
+    compiled(tmp_path / "boxes", "mailboxes", "bob\n")
+    assert lists.refresh() == []
+    assert expand(aliases, "all@here.test") == ["ann@here.test (unknown mailbox)", "bob@here.test"]
+    compiled(tmp_path, "aliases", "all: ann, bob\nann: bob\n")
+    assert lists.refresh() == []
+    assert expand(aliases, "all@here.test") == ["bob@here.test"]
+
+
+def test_what_the_next_host_takes_is_not_remembered(tmp_path: Path) -> None:
+    hops: list[NextHop | None] = [None]
+    row = Domain("here.test", "boxes", hop=lambda: hops[-1])
+    aliases = Aliases(Domains([row], "mx.here.test"), compiled(tmp_path, "aliases", "all: ann, bob\n"), 100)
+    for hop in (None, NextHop(1000), NextHop(2000), None):
+        hops.append(hop)
+        members = aliases.expand(parse_address("all@here.test"))
+        assert members is not None
+        assert [member.hop for member in members] == [hop, hop]
+
+
+def test_what_is_remembered_is_bounded(domains: Domains, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by an alias of every domain, in ever more domains."""
+    monkeypatch.setattr("fastsmtp.aliases.REMEMBERED", 100)
+    text = "".join(f"a{n}: x{n}@any.test, y{n}@any.test\n" for n in range(100))
+    aliases = Aliases(domains, compiled(tmp_path, "aliases", text), 100)
+    for n in range(300):
+        number = n % 100
+        assert expand(aliases, f"a{number}@any.test") == [f"x{number}@any.test", f"y{number}@any.test"]
+        kept = sum(1 + len(known.targets) for known in aliases._known.values())
+        assert kept == aliases._names <= 103
 
 
 def test_entries() -> None:

@@ -63,7 +63,7 @@ def python(*arguments: str | Path, **options: object) -> subprocess.CompletedPro
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("command", ["serve", "check", "reload", "queue list", "user list"])
+@pytest.mark.parametrize("command", ["serve", "check", "reload", "counters", "queue list", "user list"])
 def test_the_configuration_is_named_once_for_all_commands(
     file: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
@@ -83,8 +83,8 @@ def test_check_of_a_good_file(file: Path) -> None:
         "listener   127.0.0.1:0  role mx, tls off",
         "domain     example.org  1 recipients, by mailboxes",
         f"transport  mailboxes  maildir {file.parent}/mail/{{domain}}/{{local}}",
-        "note: `fastsmtp reload` applies changes; user, workers, data_dir, [spool], [log], limits.memory and the mode "
-        "of unix sockets need a restart",
+        "note: `fastsmtp reload` applies changes; data_dir, workers, user, [spool], [log], [[listener]] mode, "
+        "limits.memory need a restart",
     ):
         assert line in result.stdout.splitlines()
     assert "warning" not in result.stdout

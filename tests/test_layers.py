@@ -29,15 +29,15 @@ def _modules(names: str, package: str = "") -> list[str]:
 VALUES = _modules(
     "_parser _files _shared shared_keys toml_lines saslprep tls address patterns config_values config_conflicts "
     "config_outgoing config_auth config_lists sql_text config_inbound config_access config_submission config_tables "
-    "config_sections config metrics reply rights message verdict log job ids selection thread lists domains aliases "
-    "alias_text list_compile routes seat local_socket header rewrite"
+    "config_sections config_warnings config reply metrics rights message verdict outlet log job ids selection thread "
+    "lists domains aliases alias_text list_compile routes seat local_socket header rewrite"
 )
 # decides, never waits
-PROTOCOL = _modules("auth auth_exchange extensions commands submission terms transaction session")
+PROTOCOL = _modules("auth auth_exchange extensions commands submission terms transaction arrival session")
 # facts in, verdict out
 CHECKS = _modules("limits lookup recipients relay rules verify senders quota", "policy.")
 CREDENTIALS = [
-    *_modules("guessing memory", "credentials."),
+    *_modules("guessing memory turns", "credentials."),
     "credentials",
     *_modules("scram hashes senders directory file sql dovecot https oauth opening", "credentials."),
 ]
@@ -48,12 +48,12 @@ SPOOL = _modules(
     "memory_spool"
 )
 # send; CLIENT is that side of SMTP and LMTP: files that serve one another, and see no transport
-CLIENT = _modules("replies failures login body offers transaction dialogue", "delivery.")
+CLIENT = _modules("replies failures login body offers transaction opening dialogue", "delivery.")
 SENDING = [
     *_modules("reasons returned dsn delivery delivery.hosts"),
     *CLIENT,
     *_modules("client_tls link pool smtp ahead odmr discard maildir runner pipe", "delivery."),
-    *_modules("schedule destinations reporting fate queue"),
+    *_modules("schedule destinations reporting fate telling queue"),
 ]
 EDGE = ["tls_transport", "service", "connection", "gate"]
 PROCESS = _modules(
@@ -61,7 +61,8 @@ PROCESS = _modules(
     "customers generation holdings server supervisor"
 )
 FACE = _modules(
-    "embed console command_line queue_text queue_command user_command reload_command sendmail as_command cli __main__"
+    "embed console command_line queue_text queue_command user_command reload_command counters_command sendmail "
+    "as_command cli __main__"
 )
 LAYERS = (VALUES, PROTOCOL, POLICY, [*SPOOL, *SENDING], EDGE, PROCESS, FACE)
 ORDER = {name: (layer, place) for layer, names in enumerate(LAYERS) for place, name in enumerate(names)}
@@ -98,7 +99,8 @@ ONLY: Mapping[str, set[str]] = {
     "destinations": {*DELIVERY, "schedule"},
     "reporting": {*VALUES, "dsn"},
     "fate": {*DELIVERY, "dsn", "schedule", "reporting"},
-    "queue": {*DELIVERY, "schedule", "destinations", "reporting", "fate", "selection"},
+    "telling": {*VALUES, "reporting", "fate"},
+    "queue": {*DELIVERY, "schedule", "destinations", "reporting", "fate", "telling", "selection"},
     # A report is made of a message; who keeps and sends it is not its business.
     "returned": set(VALUES),
     "dsn": {*VALUES, "reasons", "returned"},
@@ -125,7 +127,9 @@ OWNERS: Mapping[str, set[str]] = {
         *("config_submission", "config_tables", "config_sections", "config_lists"),
     },
     "cryptography": {"certificates"},
-    "click": {"cli", "command_line", "user_command", "reload_command", "queue_command", "queue_text"},
+    "click": {
+        *("cli", "command_line", "user_command", "reload_command", "counters_command", "queue_command", "queue_text"),
+    },
     "rich": {"queue_text"},
     "idna": {"address"},
     "dns": {"dns_message"},

@@ -15,6 +15,7 @@ import pytest
 from scripted import Logged, logged
 
 from fastsmtp.config import Config, parse
+from fastsmtp.list_compile import compile_list
 from fastsmtp.list_watch import Become, Preparation, Watcher, check_lists, folder_of
 from fastsmtp.lists import Listed, ListError, ListFile
 
@@ -273,6 +274,57 @@ def test_what_a_reload_has_compiled_is_not_compiled_again(config: Config, tmp_pa
     for _ in range(3):
         watched.pass_time(1.0)
     assert watched.events == []
+
+
+def test_what_somebody_has_removed_is_compiled_again(config: Config, tmp_path: Path, log: Logged) -> None:
+    """Or a worker that dies could not be started again."""
+    prepare(config)
+    watched = Watched(config, log)
+    watched.pass_time(1.0)
+    (made,) = folder_of(config).iterdir()
+    made.unlink()
+    watched.pass_time(1.0)
+    assert watched.events == [("list-published", 1)]
+    assert opened(config, tmp_path).has("ann@here.test")
+
+
+def test_lists_that_nobody_names_are_removed(config: Config, tmp_path: Path, log: Logged) -> None:
+    """And nothing else that lies there."""
+    prepare(config)
+    folder = folder_of(config)
+    kept = set(folder.iterdir())
+    (tmp_path / "old").write_text("ann\n")
+    old = ListFile("mailboxes-case", tmp_path / "old")
+    compile_list(old, folder)
+    compile_list(ListFile("names", tmp_path / "old"), folder)
+    mapped = Listed(old, folder)
+    hexadecimal = "0123456789abcdef"
+    (folder / f"networks-{hexadecimal}.{2**22 + 1}.tmp").write_bytes(b"x")  # no process has such a number
+    (folder / f"aliases-{hexadecimal}").symlink_to(tmp_path / "old")
+    foreign = [f"networks-{hexadecimal}.{os.getpid()}.tmp", f"networks-{hexadecimal[1:]}", "networks", "README",
+               f"others-{hexadecimal}", f"names-{hexadecimal}.bak", f"my-names-{hexadecimal}"]  # fmt: skip
+    for name in foreign:
+        (folder / name).write_bytes(b"x")
+    (folder / "a").mkdir()
+    (folder / "a" / f"names-{hexadecimal}").write_bytes(b"x")
+    who: list[int] = []
+    Watcher(log[0], lambda: who.append(os.getpid())).remove_others(config)
+    assert set(folder.iterdir()) == kept | {folder / name for name in (*foreign, "a")}
+    assert list((folder / "a").iterdir())
+    assert (tmp_path / "old").read_text() == "ann\n"
+    assert mapped.has("ann@here.test")
+    assert who == [], "done by a process of its own"
+
+
+def test_what_cannot_be_removed_is_left(config: Config, log: Logged) -> None:
+    watcher = Watcher(log[0])
+    watcher.remove_others(config)  # there is no folder yet
+    prepare(config)
+    (folder_of(config) / "names-0123456789abcdef").mkdir()
+    watcher.remove_others(config)
+    assert len(list(folder_of(config).iterdir())) == 2
+    with pytest.raises(ChildProcessError):
+        os.waitpid(-1, 0)
 
 
 def test_it_ends_with_its_parent(config: Config, tmp_path: Path, log: Logged) -> None:

@@ -272,9 +272,24 @@ def test_what_nobody_names_any_more_is_forgotten(tmp_path: Path) -> None:
     gone = compiled(tmp_path, "names", "x.test\n").list_file
     for one in (kept, gone):
         lists.open(one.kind, one.path)
-        one.compiled(tmp_path / "made").unlink()
+        one.compiled(tmp_path / "made").write_bytes(b"")
     lists.keep({kept})
     assert [error.file for error in lists.refresh()] == [str(kept.path)]
+
+
+def test_a_list_whose_file_is_removed_goes_on(tmp_path: Path) -> None:
+    """As of a session that began before a reload."""
+    lists = Lists(tmp_path / "made")
+    file = compiled(tmp_path, "mailboxes", "ann\n").list_file
+    listed = lists.open("mailboxes", file.path)
+    file.compiled(tmp_path / "made").unlink()
+    assert (lists.refresh(), lists.version) == ([], 0)
+    assert listed.has("ann@x.test")
+    with pytest.raises(ListError, match="cannot be used: No such file"):
+        Listed(file, tmp_path / "made")
+    compiled(tmp_path, "mailboxes", "bob\n")
+    assert (lists.refresh(), lists.version) == ([], 1)
+    assert listed.has("bob@x.test")
 
 
 def mapped(file: Path) -> float:

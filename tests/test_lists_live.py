@@ -313,9 +313,9 @@ def test_a_reload_takes_lists_that_are_new(tmp_path: Path) -> None:
     after = before + '[[rule]]\nname = "more"\nsender = {file = "more"}\naction = "defer"\n'
     with running(tmp_path, before) as server:
 
-        def said() -> set[str]:
+        def said(domain: str = "more.test") -> set[str]:
             with Peer(server.address) as peer:
-                return {peer.ask("MAIL FROM:<a@more.test>")}
+                return {peer.ask(f"MAIL FROM:<a@{domain}>")}
 
         def reload() -> None:
             (tmp_path / "fastsmtp.toml").write_text(after)
@@ -338,14 +338,22 @@ def test_a_reload_takes_lists_that_are_new(tmp_path: Path) -> None:
 
         (tmp_path / "more").write_text("other.test\n")
         server.wait(lambda: said() == {"250 2.1.0 Sender OK"}, "the list anew")
-        # and of one that nobody names any more nothing is said, whatever becomes of it
+        # One that nobody names any more is removed; sessions that look into it go on, and nothing is said.
+        compiled = ListFile("addresses", tmp_path / "more").compiled(tmp_path / "data" / "lists")
+        others = {path for path in compiled.parent.iterdir() if path != compiled}
         (tmp_path / "fastsmtp.toml").write_text(before)
-        os.kill(server.pid, signal.SIGHUP)
-        server.wait_for("reloaded", 2)
-        time.sleep(1.5)  # a tick: the generation before is closed
-        ListFile("addresses", tmp_path / "more").compiled(tmp_path / "data" / "lists").unlink()
-        time.sleep(1.5)
+        with Peer(server.address) as old:
+            os.kill(server.pid, signal.SIGHUP)
+            server.wait_for("reloaded", 2)
+            assert set(compiled.parent.iterdir()) == others
+            server.wait(lambda: all(said("other.test") == {"250 2.1.0 Sender OK"} for _ in range(4)), "no rule")
+            time.sleep(1.5)  # a tick
+            assert {old.ask("MAIL FROM:<a@other.test>")} == deferred
         assert not server.events("list-kept")
+        # and is there again when it is named again
+        reload()
+        server.wait_for("reloaded", 3)
+        server.wait(lambda: all(said("other.test") == deferred for _ in range(4)), "the rule again")
 
 
 def test_a_reload_that_compiles_a_long_list_holds_nothing_up(tmp_path: Path) -> None:
@@ -416,6 +424,7 @@ def test_a_list_is_compiled_once(tmp_path: Path) -> None:
         before = {path.name: path.stat().st_ino for path in folder.iterdir()}
         assert len(before) == 5
         server.stop()
+        (folder / "names-0123456789abcdef").write_text("of a configuration before")
         time.sleep(0.01)
         server.start()
         assert {path.name: path.stat().st_ino for path in folder.iterdir()} == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,13 @@ from servers import running, toml
 from test_connection import greeted
 from wire import Bench, bench
 
+import fastsmtp
+from fastsmtp import reply as replies_of_the_server
 from fastsmtp.lists import Networks
 from fastsmtp.metrics import Counter, counter_of
+from fastsmtp.policy import quota
 from fastsmtp.policy.rules import Rule, make_rules
-from fastsmtp.reply import R451_RECIPIENT_NOT_CHECKED, reason
+from fastsmtp.reply import R451_RECIPIENT_NOT_CHECKED, SILENT_CLOSE, Reply, reason, softened
 from fastsmtp.verdict import Ask, Stage, Verdict
 
 
@@ -24,6 +28,12 @@ class NotChecked:
 
     def __call__(self, ask: Ask) -> Verdict | None:
         return Verdict("recipient-not-checked", R451_RECIPIENT_NOT_CHECKED)
+
+
+def counted_by(word: str) -> Counter:
+    counter = counter_of(word)
+    assert counter is not None, word
+    return counter
 
 
 def refused(made: Bench) -> list[tuple[object, ...]]:
@@ -64,19 +74,67 @@ def test_what_could_not_be_looked_up_is_counted() -> None:
     with bench(checks=[NotChecked()]) as made:
         greeted(made).say("MAIL FROM:<>", "RCPT TO:<ann@here.test>")
         assert refused(made) == [("RCPT", "recipient-not-checked", "<>", "ann@here.test")]
-        assert made.counted(Counter.RECIPIENT_NOT_CHECKED) == made.counted(Counter.RECIPIENTS_REFUSED) == 1
+        assert made.counted(counted_by("recipient-not-checked")) == made.counted(Counter.RECIPIENTS_REFUSED) == 1
 
 
 def test_who_is_unknown_is_counted() -> None:
     with bench() as made:
         greeted(made).say("MAIL FROM:<s@b.test>", "RCPT TO:<nobody@here.test>")
-        assert made.counted(Counter.UNKNOWN_MAILBOX) == 1
+        assert made.counted(counted_by("unknown-mailbox")) == 1
 
 
 def test_words_and_counters_are_one() -> None:
-    assert counter_of(reason(R451_RECIPIENT_NOT_CHECKED)) is Counter.RECIPIENT_NOT_CHECKED
+    """Whatever is refused is counted by the word that stands in the log, by who refuses or by the connection."""
+    by_limits = {"address-full", "network-full", "session-rate", "failure-rate", "message-rate", "recipient-rate"}
+    replies = [value for name, value in vars(replies_of_the_server).items() if re.match(r"R[45]\d\d_", name)]
+    assert len(replies) > 80
+    for reply in (*replies, *map(softened, replies), SILENT_CLOSE):
+        counter = counter_of(reason(reply))
+        assert (counter is None) == (reason(reply) in by_limits), reply
+        assert counter is None or counter.reason == reason(reply)
     assert counter_of("rule-spam") is Counter.REFUSED_BY_RULE
-    assert counter_of("message-rate") is None, "counted where it is refused"
+    for word in (*quota.REASONS.values(), reason(Reply(550, "5.7.1", "What a program says"))):
+        assert counted_by(word).reason == word
+    words = [counter.reason for counter in Counter if counter.reason]
+    assert by_limits <= set(words)
+    assert len(words) == len(set(words))
+
+
+def test_every_counter_is_counted_somewhere() -> None:
+    """One that stays at 0 for ever is a lie."""
+    modules = Path(fastsmtp.__file__).parent.rglob("*.py")
+    sources = "".join(path.read_text() for path in modules if path.stem != "metrics")
+    for counter in Counter:
+        if not counter.reason:
+            assert re.search(rf"\bCounter\.{counter.name}\b", sources) or counter is Counter.REFUSED_BY_RULE, counter
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (["NOSUCH"], ["syntax"]),
+        (["EHLO c", "MAIL FROM:<>", "DATA"], ["rcpt-first"]),
+        (["EHLO c", "AUTH PLAIN AAA="], ["not-implemented"]),
+        (["GET / HTTP/1.1"], ["dropped"]),
+        (["NOSUCH"] * 30, ["syntax", "too-many-errors"]),
+    ],
+)
+def test_what_is_refused_is_counted_by_its_word(lines: list[str], words: list[str]) -> None:
+    with bench() as made:
+        player = made.connect()
+        for line in lines:
+            if not player.transport.ended:
+                player.say(line)
+        assert {row.reason for row in Counter if row.reason and made.counted(row)} == set(words)
+
+
+def test_what_ends_a_session_unasked_is_counted_by_its_word() -> None:
+    with bench(session_limit=1) as made:
+        made.connect()
+        made.connect()
+        made.service.drain()
+        counted = [made.counted(counted_by(word)) for word in ("too-many-sessions", "shutting-down", "timeout")]
+        assert counted == [1, 1, 0]
 
 
 @pytest.mark.parametrize(

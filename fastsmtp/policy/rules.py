@@ -10,9 +10,10 @@ RFC 5321 3.1 (554 in place of the greeting), RFC 3463 3.8.
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from ..address import AddressError, parse_domain
+from ..metrics import RULE
 from ..patterns import has_address, has_name
 from ..reply import Reply, Then
 from ..verdict import Ask, Stage, Verdict
@@ -23,7 +24,8 @@ Patterns = Container[str]
 
 
 class Rule:
-    """`clients` are networks, the others patterns; None: any. `action` is allow, refuse or defer."""
+    """`clients` are networks, the others patterns; None: any. `action` is allow, refuse or defer. `count` is called
+    with the name when it has refused."""
 
     def __init__(
         self,
@@ -34,8 +36,10 @@ class Rule:
         senders: Patterns | None = None,
         recipients: Patterns | None = None,
         text: str = "",
+        count: Callable[[str], None] = lambda _: None,
     ) -> None:
         self.name = name
+        self.count = count
         self.allows = action == "allow"
         self.clients = clients
         self.helo = helo
@@ -44,7 +48,7 @@ class Rule:
         wanted = (clients, helo, senders, recipients)
         # At which of ORDER all of its facts are known.
         self.known_at = max((at for at, patterns in enumerate(wanted) if patterns is not None), default=0)
-        self.reason = f"rule-{name}"
+        self.reason = f"{RULE}{name}"
         self.verdict = None if self.allows else self._verdict(action, text, 550, 450)
         self.at_connect = None if self.allows else self._verdict(action, text, 554, 421)
 
@@ -90,7 +94,10 @@ class Rules:
         rule = self.find(ask)
         if rule is None:
             return None
-        return rule.verdict if self._at else rule.at_connect
+        verdict = rule.verdict if self._at else rule.at_connect
+        if verdict is not None:
+            rule.count(rule.name)
+        return verdict
 
     def find(self, ask: Ask) -> Rule | None:
         """The rule that decides now; None: none does, or not yet."""
