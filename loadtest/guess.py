@@ -4,14 +4,16 @@ In: N wrong guesses (10,000) from 50 addresses of this machine, half of them for
 log in at the same listener and send. Out: the users' p99 of a whole session while it is guessed, against that of a
 quiet server, and how the guesses were answered. Guesses leave at a fixed rate, as long as the server takes them.
 Always: each guess has had an answer, each session of a user has kept its message; else there are no figures. Who
-guesses is a process of its own, so that users are not kept waiting by it but by the server; both share its cores. The
-listener takes passwords in clear: what TLS costs is measured elsewhere. On failure: one line, exit code 1.
+guesses is a process of its own that takes what processor the others leave, so that users are not kept waiting by it but
+by the server. The listener takes passwords in clear: what TLS costs is measured elsewhere.
+On failure: one line, exit code 1.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import time
@@ -241,6 +243,7 @@ GUESS = "--guess"
 
 def _guess(port: str, count: str, addresses: str) -> int:
     """What the process that guesses does."""
+    os.nice(19)
     load = Load(int(port), int(count))
     wrong: BaseException | None = None
     try:

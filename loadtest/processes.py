@@ -123,8 +123,10 @@ class Server:
         self._tls = tls
         self._log = log
         with log.open("wb") as output:
+            # No session of its own: where sessions share processors out (sched(7), autogroup), niceness counts only
+            # within one, and a server's threads of idle priority would take as much as who sends to it.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, process_group=0
             )
         self.pid = self._process.pid
         self._processes: list[int] = []

@@ -33,6 +33,7 @@ from fastsmtp.claim import (
     take_data_dir,
 )
 from fastsmtp.config import Config
+from loadtest.processes import free_port
 
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 
@@ -154,7 +155,7 @@ def test_a_port_is_free_at_once_after_its_server_ended() -> None:
 
 def test_ipv6_is_only_ipv6(opened: list[Listening]) -> None:
     try:
-        opened += listen("[::]:0", workers=2)
+        opened += listen(f"[::]:{free_port()}", workers=2)
     except StartError as error:
         pytest.skip(f"no IPv6: {error}")
     port = opened[0].sockets[0].getsockname()[1]
