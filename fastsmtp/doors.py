@@ -33,8 +33,8 @@ class Door:
 
     The socket itself stays open over a pause: clients wait in its queue. `number` is that of the socket (seat.py).
     In a flood of clients that are over their limits the door itself accepts, and asks the limits before anything is
-    made for a client: who is turned away costs half of what it costs with a transport. Who is let in costs a Task more,
-    so the server has the socket back when the flood is over.
+    made for a client: who is turned away costs down to half of what it costs with a transport, where many wait. Who is
+    let in costs a Task more, so the server has the socket back when the flood is over.
     """
 
     def __init__(
