@@ -178,6 +178,7 @@ class Store:
             raise SpoolError(f"{error.filename or self.path}: {error.strerror}") from error
 
     def _connect(self) -> None:
+        self._find_room()
         _flush_again(Path(f"{self.path}-wal"))
         self._db = db = apsw.Connection(str(self.path))
         self._run = db.cursor()
@@ -198,10 +199,16 @@ class Store:
             self.drop()
             raise
 
+    def _find_room(self) -> None:
+        """SQLite begins the log's index anew and maps it. Where a block is less than a page (small ext4) it leaves
+        holes, and to write to one on a full disk is SIGBUS: so it is not opened there. Raises OSError."""
+        state = os.statvfs(self.path.parent)
+        if state.f_bavail * state.f_frsize < 2 * INDEX_OCTETS:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def _allocate_index(self) -> None:
-        """Gives blocks to all of the log's index, which is mapped: where a block is less than a page (small ext4)
-        SQLite leaves holes, and writing to one on a full disk is SIGBUS. Closing this descriptor takes SQLite's
-        locks away (fcntl), so it is open as long as the connections are."""
+        """Fills those holes, also of what the index may grow to. Closing this descriptor takes SQLite's locks away
+        (fcntl), so it is open as long as the connections are."""
         self._index = os.open(f"{self.path}-shm", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
         os.posix_fallocate(self._index, 0, INDEX_OCTETS)
 

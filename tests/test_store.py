@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -10,6 +12,8 @@ import apsw
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from needs import volume
+from servers import ROOT
 
 from fastsmtp.reader import Reader
 from fastsmtp.store import Store, _flush_again, consecutive
@@ -41,6 +45,33 @@ def test_a_log_that_cannot_be_flushed_again_keeps_the_database_shut(tmp_path: Pa
     Path(f"{store.path}-wal").mkdir()
     with pytest.raises(OSError, match="Is a directory"):
         store.recover([])
+
+
+FILLED = """
+import sys
+from pathlib import Path
+
+from fastsmtp.store import Store
+
+folder = Path(sys.argv[1])
+store = Store(folder / "x.db")
+store.open(0.0)
+store.drop()
+for act in (lambda: (folder / "filler").write_bytes(bytes(20 << 20)), lambda: store.recover([])):
+    try:
+        act()
+    except OSError as error:
+        print(error.strerror)
+"""
+
+
+def test_the_index_is_not_made_on_a_full_disk_of_small_blocks(tmp_path: Path) -> None:
+    """SQLite would leave holes in it, and the first octet in one is the end of the process."""
+    with volume("ext4", tmp_path / "disk", "16M") as disk:
+        assert os.statvfs(disk.path).f_frsize == 1024
+        command = [sys.executable, "-c", FILLED, str(disk.path)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (0, "No space left on device\n" * 2), done.stderr
 
 
 def test_a_closed_reader_says_so_and_a_missing_message_too(tmp_path: Path) -> None:
