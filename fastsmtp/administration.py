@@ -11,7 +11,6 @@ Not here: SQL (reader.py, store.py), who may ask (control.py). Raises SpoolError
 from __future__ import annotations
 
 import json
-import os
 from asyncio import sleep
 from collections.abc import AsyncIterator, Callable
 from functools import partial
@@ -20,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import apsw
 
-from .bodies import remove
+from .bodies import read_beginning, remove
 from .census import AGES, Census
 from .commit import GroupCommit
 from .ids import key_of
@@ -227,7 +226,7 @@ class Administration:
         """The message's header section as it was sent, or its beginning. Raises LookupError."""
         octets, length = await self._read(partial(self._reader.head, key_of(message_id)))
         if octets is None:
-            octets = await self._call(partial(_read_beginning, self._bodies / message_id, min(length, HEAD_LIMIT)))
+            octets = await self._call(partial(read_beginning, self._bodies / message_id, min(length, HEAD_LIMIT)))
         return octets[:HEAD_LIMIT]
 
     async def summary(self, now: float) -> Census:
@@ -263,14 +262,6 @@ class Administration:
 def _pieces(text: str) -> list[list[tuple[int, int]]]:
     rows = [(key, number) for key, number in json.loads(text)]
     return [rows[start : start + ROWS] for start in range(0, len(rows), ROWS)]
-
-
-def _read_beginning(path: Path, length: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        return os.read(descriptor, length)
-    finally:
-        os.close(descriptor)
 
 
 def _described(job: Job, under_way: bool) -> dict[str, Any]:

@@ -270,10 +270,19 @@ def check_length(path: Path, size: int) -> str:
     return ""
 
 
+def read_beginning(path: Path, length: int) -> bytes:
+    """The first octets of a body. Raises OSError."""
+    # Not blocking: a FIFO that took the file's place would wait for a writer.
+    fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return os.read(fd, length)
+    finally:
+        os.close(fd)
+
+
 def read_crc(path: Path, place: int, crc: int) -> tuple[int, int]:
     """The checksum up to the next MB from `place`, and how many octets were read. Raises OSError."""
     # Opened for each piece: a descriptor kept over many pieces would have to be closed on every way out.
-    # Not blocking: a FIFO that took the file's place would wait for a writer.
     fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         piece = os.pread(fd, 1 << 20, place)

@@ -122,7 +122,12 @@ class Connection(asyncio.Protocol):
         if self.peer is not None:
             ip, port = self.peer
         else:
-            ip, port = peer_of(transport.get_extra_info("peername"))
+            peer = peer_of(transport)
+            if peer is None:
+                self.closing = True
+                self.transport.abort()
+                return
+            ip, port = peer
             if service.limits is not None:
                 refusal = service.limits.admit(ip)
                 if refusal is not None:
@@ -651,7 +656,16 @@ class Connection(asyncio.Protocol):
         self._begin(self.session)
 
 
-def peer_of(address: object) -> tuple[str, int]:
+def peer_of(transport: asyncio.BaseTransport) -> tuple[str, int] | None:
+    """As `name_peer`; None: a client that was gone before it could be asked who it is, and might be anybody."""
+    client = transport.get_extra_info("socket")
+    address = transport.get_extra_info("peername")
+    if not isinstance(address, tuple) and client is not None and client.family != socket.AF_UNIX:
+        return None
+    return name_peer(address)
+
+
+def name_peer(address: object) -> tuple[str, int]:
     """Address and port of a client, as the kernel has them; empty for a unix socket. A mapped address is its IPv4
     address in every list, limit and trace."""
     return (address[0].removeprefix("::ffff:"), address[1]) if isinstance(address, tuple) else ("", 0)

@@ -113,7 +113,7 @@ def _explain(path: Path, error: OSError) -> str:
         except OSError:
             owner = ""
         return f"{path}: no permission for user {os.geteuid()}{owner}"
-    return f"{path}: {error.strerror}"
+    return f"{path}: {error.strerror or error}"
 
 
 def _become_owner(data_dir: Path) -> None:

@@ -45,7 +45,7 @@ def counters(file: Path | None, as_json: bool, prometheus: bool) -> None:
         end(*map(str, error.errors))
     except ConsoleError as error:
         end(f"fastsmtp: {error}")
-    counted = [Counted(**row) for row in answer["counters"]]
+    counted = [Counted(*(row[name] for name in Counted._fields)) for row in answer["counters"]]
     render = render_json if as_json else render_prometheus if prometheus else render_table
     click.echo("\n".join(render(counted)))
 

@@ -17,7 +17,7 @@ import time
 
 from . import log as logs
 from ._files import send_last
-from .connection import Connection, peer_of
+from .connection import Connection, name_peer
 from .gate import Gate
 from .log import Log
 from .seat import BACKLOG
@@ -117,7 +117,7 @@ class Door:
     # In a flood
 
     def _begin_flood(self) -> None:
-        if self._server is None:  # it was closed meanwhile
+        if self._server is None or not self.flooded:  # it was closed meanwhile
             self.flooded = False
             return
         self._server.close()
@@ -145,7 +145,7 @@ class Door:
             except OSError:  # descriptors have run out, of this process or of the machine
                 self._guard.pause()
                 return
-            peer = peer_of(address)
+            peer = name_peer(address)
             refusal = limits.admit(peer[0]) if limits is not None else None
             if refusal is None:
                 self._guard.admit()

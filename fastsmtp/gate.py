@@ -34,7 +34,11 @@ class Gate(asyncio.Protocol):
         plain = cast("asyncio.Transport", transport)
         service = self._service
         if not self._let_in:
-            self._peer = peer_of(plain.get_extra_info("peername"))
+            peer = peer_of(plain)
+            if peer is None:
+                plain.abort()
+                return
+            self._peer = peer
             if service.limits is not None and service.limits.admit(self._peer[0]) is not None:
                 service.turn_away()
                 plain.abort()
@@ -44,6 +48,7 @@ class Gate(asyncio.Protocol):
             self._dismiss()
             plain.abort()
             return
+        service.handshakes += 1
         self._connection = Connection(service, self._peer)
         tls = TlsTransport(self._connection, service.context, service.loop, service.times.tls, self._on_handshake)
         plain.set_protocol(tls)
@@ -56,10 +61,11 @@ class Gate(asyncio.Protocol):
             service.limits.leave(self._peer[0])
 
     def _on_handshake(self, tls: TlsTransport, error: Exception | None) -> None:
+        service = self._service
+        service.handshakes -= 1
         if error is None:
             self._connection.connection_made(cast("asyncio.Transport", tls))
             return
-        service = self._service
         service.count(Counter.TLS_FAILURES)
         service.log.write(logs.TLS_FAILED, *self._peer, service.name, str(error))
         self._dismiss()

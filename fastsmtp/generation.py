@@ -171,7 +171,7 @@ class Generation:
 
     @property
     def has_sessions(self) -> bool:
-        return any(service.connections() for service in self.services.values())
+        return any(service.handshakes or service.connections() for service in self.services.values())
 
     def parts(self) -> list[Closable]:
         """What is to be closed when nobody needs it any more, in this order: sessions are gone, and no queue sends by

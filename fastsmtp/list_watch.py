@@ -226,6 +226,7 @@ class Watcher:
         self._become = become
         self._child: tuple[_Child, ListFile, float] | None = None  # and when it began
         self._done: dict[ListFile, Stamp | None] = {}  # published, or found wrong
+        self._missed: dict[ListFile, Stamp | None] = {}  # compiled again, because what was compiled was gone
         self._seen: dict[ListFile, Stamp | None] = {}  # when it was last looked at
         self._looked = 0.0
 
@@ -262,7 +263,8 @@ class Watcher:
             if file not in self._done:
                 header = read_header(file.compiled(folder))
                 self._done[file] = header.stamp if header is not None else None
-            elif not file.compiled(folder).exists():  # somebody has removed it: a worker could not start again
+            elif self._missed.get(file) != stamp and not file.compiled(folder).exists():
+                self._missed[file] = stamp  # somebody has removed it: a worker could not start again
                 self._done[file] = None
             seen = self._seen.get(file, stamp)
             self._seen[file] = stamp
@@ -282,6 +284,7 @@ class Watcher:
             entries = _take_answer(child, file, wait=False)
             if entries is None:
                 return
+            self._missed.pop(file, None)
             self._log.write(logs.LIST_PUBLISHED, str(file.path), entries, time.monotonic() - began)
         except ListError as error:
             self._log.write(logs.LIST_KEPT, error.file, error.line, error.message)

@@ -111,6 +111,8 @@ class Recovery:
         known: set[str] = set()
         aside: list[tuple[int, str, float]] = []
         for key, message_id, size, was_aside in self._store.in_files():
+            if not isinstance(message_id, str):
+                raise apsw.CorruptError("an index holds an id that is no text")
             known.add(message_id)
             if was_aside:
                 continue

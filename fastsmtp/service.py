@@ -67,9 +67,9 @@ class Service:
     """
 
     __slots__ = (
-        "context", "draining", "early_refused", "fetches", "keeper", "last_words", "leaving", "limits", "log", "loop",
-        "make_parser", "name", "outbox", "policy", "rounds", "session_limit", "shared", "tasks", "terms", "times",
-        "trusts", "turn", "turned_away", "withheld", "worker",
+        "context", "draining", "early_refused", "fetches", "handshakes", "keeper", "last_words", "leaving", "limits",
+        "log", "loop", "make_parser", "name", "outbox", "policy", "rounds", "session_limit", "shared", "tasks", "terms",
+        "times", "trusts", "turn", "turned_away", "withheld", "worker",
     )  # fmt: skip
 
     def __init__(
@@ -125,6 +125,7 @@ class Service:
         self.leaving: set[Connection] = set()
         self.turn = 0
         self.turned_away = 0  # clients over their limits, since the start
+        self.handshakes = 0  # of clients that are no sessions yet (gate.py)
 
     def connections(self) -> list[Connection]:
         return [connection for each in (*self.rounds, self.leaving) for connection in each]

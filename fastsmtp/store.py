@@ -342,8 +342,8 @@ class Store:
         )
 
     def check(self) -> bool:
-        """Whether its pages hang together: reads all of them. Raises apsw.Error."""
-        return bool(self._number("PRAGMA quick_check(1)") == "ok")
+        """Whether its pages hang together, and indexes with their tables: reads all of them. Raises apsw.Error."""
+        return bool(self._number("PRAGMA integrity_check(1)") == "ok")
 
     def torn(self) -> tuple[list[tuple[int, str]], list[tuple[int, str]]]:
         """What is damaged although its pages hang together: key and id of messages without a recipient, key and domain

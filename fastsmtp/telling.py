@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from . import log as logs
+from .bodies import read_beginning
 from .fate import Fate, Fates
 from .job import Backlog, Job
 from .message import Message
@@ -118,7 +119,6 @@ def _head_of(message: Message, size: int) -> bytes:
 
 def _read_head(path: Path, size: int) -> bytes:
     try:
-        with path.open("rb") as file:
-            return file.read(size)
+        return read_beginning(path, size)
     except OSError:
         return b""

@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from wire import R554, Bench, FakeTransport, Player, bench
 
-from fastsmtp.connection import GROUP_LIMIT, LINGER, UNREAD_LIMIT
+from fastsmtp.connection import GROUP_LIMIT, LINGER, UNREAD_LIMIT, Connection
 from fastsmtp.metrics import Counter
 from fastsmtp.reply import R451_LOCAL_ERROR
 from fastsmtp.service import Times
@@ -685,6 +685,20 @@ def test_a_mapped_address_is_an_ipv4_address() -> None:
         player = made.connect("")
         assert player.connection.client.ip == ""
         assert codes(player.say("EHLO c"))[0] == 220
+
+
+def test_who_is_gone_before_he_was_asked_for_his_address_is_nobody() -> None:
+    """Behind a reset the kernel knows no address: that is no unix socket, and what was said counts for nothing."""
+    with bench() as made, socket.socket() as client:
+        transport = FakeTransport(None)
+        transport.socket = client
+        connection = Connection(made.service)
+        connection.connection_made(transport)
+        assert transport.aborted
+        assert not transport.writes
+        connection.connection_lost(None)
+        assert made.service.connections() == []
+        assert made.logged("session") == []
 
 
 def test_too_many_sessions_are_told_so() -> None:

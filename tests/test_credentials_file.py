@@ -516,6 +516,41 @@ def test_so_many_wait_for_a_hash_and_no_more(monkeypatch: pytest.MonkeyPatch) ->
     asyncio.run(test())
 
 
+def test_a_thread_that_cannot_be_begun_takes_no_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        hashes = Hashes()
+        with monkeypatch.context() as patched:
+            patched.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no more threads")))
+            for stranger in (b"a", b"b", b"c", None, None, None):
+                with pytest.raises(UnavailableError, match="no more threads"):
+                    await asyncio.wait_for(hashes.verify(HASH, "x", stranger), 5)
+        monkeypatch.setattr("fastsmtp.credentials.hashes.verify", lambda stored, password: True)
+        assert await asyncio.wait_for(hashes.verify(HASH, "x", b"a"), 5)
+        hashes.close()
+
+    asyncio.run(test())
+
+
+def test_who_waits_when_it_closes_is_told_and_nobody_comes_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = threading.Event()
+    monkeypatch.setattr("fastsmtp.credentials.hashes.verify", lambda stored, password: gate.wait(10.0))
+
+    async def test() -> None:
+        hashes = Hashes()
+        work = [asyncio.create_task(hashes.verify(HASH, "x", stranger)) for stranger in (b"a", b"a", b"b")]
+        await asyncio.sleep(0.05)
+        hashes.close()
+        for waiting in work[1:]:
+            with pytest.raises(BusyError):
+                await asyncio.wait_for(waiting, 5)
+        with pytest.raises(UnavailableError):
+            await hashes.verify(HASH, "x")
+        gate.set()
+        assert await asyncio.wait_for(work[0], 5)
+
+    asyncio.run(test())
+
+
 def policy() -> int:
     return os.sched_getscheduler(threading.get_native_id())
 

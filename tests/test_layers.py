@@ -99,7 +99,7 @@ ONLY: Mapping[str, set[str]] = {
     "destinations": {*DELIVERY, "schedule"},
     "reporting": {*VALUES, "dsn"},
     "fate": {*DELIVERY, "dsn", "schedule", "reporting"},
-    "telling": {*VALUES, "reporting", "fate"},
+    "telling": {*VALUES, "bodies", "reporting", "fate"},
     "queue": {*DELIVERY, "schedule", "destinations", "reporting", "fate", "telling", "selection"},
     # A report is made of a message; who keeps and sends it is not its business.
     "returned": set(VALUES),

@@ -520,19 +520,27 @@ def test_a_flush_that_fails_defers_the_batch_and_the_next_one_starts_afresh(tmp_
 
 
 def test_a_flush_that_is_not_confirmed_has_failed_and_the_next_batch_has_another_probe(tmp_path: Path) -> None:
-    said, calls = three_batches(tmp_path, "-e", "inject=fallocate:error=EROFS:when=1")
+    """A probe is asked once before there are names."""
+    said, calls = three_batches(tmp_path, "-e", "inject=fallocate:error=EROFS:when=2")
     assert said == DEFERRED_ONCE
     assert len(found(tmp_path / "root/bob")) == 3
     asked = [line.split()[1].partition("(")[0] for line in calls if ("O_TMPFILE" in line or "fallocate(" in line)]
-    assert asked == ["openat", "fallocate", "openat", "fallocate", "fallocate"]
+    assert asked == ["openat", "fallocate", "fallocate", "openat", "fallocate", "fallocate", "fallocate"]
+
+
+def test_where_nothing_can_be_confirmed_nothing_is_written(tmp_path: Path) -> None:
+    said, calls = three_batches(tmp_path, "-e", "inject=fallocate:error=EROFS:when=1+")
+    assert said[:3] == [repr([("deferred", "4.3.0", "host")] * 3)] * 3
+    assert not (tmp_path / "root/bob").exists()
+    assert not any("syncfs(" in line for line in calls)
 
 
 def test_mailboxes_on_another_file_system_are_confirmed_there(tmp_path: Path) -> None:
     with volume("tmpfs", tmp_path / "root/bob", "1M"):
-        said, calls = three_batches(tmp_path, "-e", "inject=fallocate:error=EROFS:when=1")
+        said, calls = three_batches(tmp_path, "-e", "inject=fallocate:error=EROFS:when=3")
         assert said == DEFERRED_ONCE
-        asked = [line for line in calls if "fallocate(" in line]
-        assert len(asked) == 3
+        asked = [line for line in calls if "fallocate(" in line][1:]  # the first is of the root
+        assert len(asked) == 6
         assert all(f"{tmp_path}/root/bob/tmp/#" in line for line in asked)
 
 
@@ -554,4 +562,5 @@ def test_a_probe_has_no_name(tmp_path: Path) -> None:
     probe = open_probe(str(tmp_path))
     assert os.fstat(probe).st_nlink == 0
     os.close(probe)
-    assert open_probe(str(tmp_path / "missing")) == -1
+    with pytest.raises(FileNotFoundError):
+        open_probe(str(tmp_path / "missing"))

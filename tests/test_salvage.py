@@ -259,6 +259,19 @@ def test_bits_anywhere(tmp_path: Path) -> None:
         assert sent.keys() - arrived.keys() <= {line["id"][:13] for line in yard.lines("set-aside")[told:]}, flips
 
 
+def test_an_index_that_is_damaged_costs_nothing(tmp_path: Path) -> None:
+    """One bit makes text of an id octets, or has an index say what its table does not."""
+    yard = Yard(tmp_path)
+    kept = run(_fill(yard, 3))
+    (page,) = _leaves(yard, "message_in_file")
+    whole = (yard.directory / "spool.db").read_bytes()
+    large = next(iter(kept))
+    for place in range((page - 1) * PAGE + 8, page * PAGE):
+        if whole[place]:
+            (yard.directory / "body" / large).write_bytes(kept[large])
+            assert _strike(yard, whole, [(place, 1)]) == kept, place
+
+
 def test_a_key_out_of_its_order_leads_in_no_circle() -> None:
     """A page whose keys are not in order answers with what is not behind the place that was asked for."""
 

@@ -107,12 +107,14 @@ def _may_return() -> bool:
     return bool(found)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Work:
+    """`late` ends the wait in the line."""
+
     stored: str = field(repr=False)
     password: str = field(repr=False)
-    until: float  # so long it may wait, by the loop's clock
     fits: asyncio.Future[bool] = field(repr=False)
+    late: asyncio.TimerHandle | None = None
 
 
 class Hashes:
@@ -140,7 +142,10 @@ class Hashes:
         """Whether they fit. `stranger`: the address of a client that has not lately been let in as this user; None:
         it has. Raises UnavailableError, and ValueError."""
         loop = asyncio.get_running_loop()
-        work = _Work(check_form(stored), password, loop.time() + PATIENCE, loop.create_future())
+        work = _Work(check_form(stored), password, loop.create_future())
+        if self._closed:
+            raise UnavailableError("argon2: closed")
+        work.late = loop.call_later(PATIENCE, _refuse, work)
         loser = self._turns.add(work, stranger)
         if loser is not None:
             _refuse(loser)
@@ -150,45 +155,52 @@ class Hashes:
 
     def close(self) -> None:
         self._closed = True
+        while (taken := self._turns.take(strangers=True)) is not None:
+            _refuse(taken[0])
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _go_on(self) -> None:
         """Has computed what can be now."""
-        loop = asyncio.get_running_loop()
         while self._computing < THREADS and not self._closed:
             taken = self._turns.take(self._strangers)
             if taken is None:
                 return
             work, stranger = taken
-            if work.until < loop.time():
-                _refuse(work)
-            elif not work.fits.done():
-                self._compute(loop, work, stranger)
+            if not work.fits.done():
+                self._compute(work, stranger)
 
-    def _compute(self, loop: asyncio.AbstractEventLoop, work: _Work, stranger: bool) -> None:
+    def _compute(self, work: _Work, stranger: bool) -> None:
+        loop = asyncio.get_running_loop()
         begun = loop.time()
-        self._computing += 1
-        self._strangers = self._strangers and not stranger
 
         def done(computed: asyncio.Future[bool | Exception]) -> None:
             self._computing -= 1
             if computed.cancelled():  # closed meanwhile
-                work.fits.cancel()
+                _refuse(work)
                 return
-            answer = computed.result()
+            answer = computed.exception() or computed.result()
             if stranger and answer is False:
                 loop.call_later(min(REST_MOST, REST * (loop.time() - begun)), self._welcome)
             elif stranger:
                 self._strangers = True
             if work.fits.done():
                 pass  # nobody waits any more
-            elif isinstance(answer, Exception):
+            elif isinstance(answer, BaseException):
                 work.fits.set_exception(answer)
             else:
                 work.fits.set_result(answer)
             self._go_on()
 
-        loop.run_in_executor(self._threads, self._verify, work.stored, work.password).add_done_callback(done)
+        if work.late is not None:
+            work.late.cancel()
+        try:
+            computing = loop.run_in_executor(self._threads, self._verify, work.stored, work.password)
+        except RuntimeError as error:  # no thread can be begun
+            work.fits.set_exception(UnavailableError(f"argon2: {error}"))
+            return
+        self._computing += 1
+        self._strangers = self._strangers and not stranger
+        computing.add_done_callback(done)
         if self._idles and not self._looking:
             self._looking = True
             loop.call_later(HURRY / 2, self._look, loop)
@@ -200,10 +212,10 @@ class Hashes:
 
     def _verify(self, stored: str, password: str) -> bool | Exception:
         thread = threading.get_native_id()
-        if self._idles:
-            self._idle[thread] = time.monotonic()
-            os.sched_setscheduler(0, os.SCHED_IDLE, _USUAL)
         try:
+            if self._idles:
+                self._idle[thread] = time.monotonic()
+                os.sched_setscheduler(0, os.SCHED_IDLE, _USUAL)
             return verify(stored, password)
         except Exception as error:
             return error
@@ -226,5 +238,7 @@ class Hashes:
 
 
 def _refuse(work: _Work) -> None:
+    if work.late is not None:
+        work.late.cancel()
     if not work.fits.done():
         work.fits.set_exception(BusyError("too many passwords are being checked"))

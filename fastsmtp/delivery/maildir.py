@@ -20,13 +20,13 @@ import re
 import secrets
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from errno import EDQUOT, EIO, ENAMETOOLONG, ENODATA, ENOENT, ENOSPC, EROFS, EXDEV
+from errno import EDQUOT, EINVAL, EIO, EISDIR, ENAMETOOLONG, ENODATA, ENOENT, ENOSPC, EOPNOTSUPP, EROFS, EXDEV
 from functools import lru_cache
 from hashlib import sha256
 from itertools import count
 from typing import TYPE_CHECKING
 
-from .._files import make_dirs, write_batch
+from .._files import confirm, make_dirs, write_batch
 from ..address import Address
 from ..message import Message
 from . import DELIVERED, Delivery, Outcome, Result, Scope
@@ -46,6 +46,7 @@ _UNSAFE_IN_FIELD = str.maketrans("\r\n\0", "???")
 # The marks in names of temporary files of this process: a reload may open a folder that is being written to.
 _tokens: set[str] = set()
 
+_NO_PROBE = (EOPNOTSUPP, EISDIR, EINVAL, ENOSPC, EDQUOT)  # the first three: no such files here
 _DEFERRED = (Result.DEFERRED, "4.3.0", Scope.RECIPIENT)
 # What an errno means for the queue; what is not here may pass (_DEFERRED).
 _MEANING: dict[int, tuple[Result, str, Scope]] = {
@@ -95,11 +96,20 @@ def remove_leftovers(folder: str, worker: int) -> None:
 
 def open_probe(folder: str | bytes) -> int:
     """A file without a name, for `write_batch` to confirm its flushes with. -1: there can be none. Then no journal is
-    known that would give up in silence, or there is no room for it, and none for mail."""
+    known that would give up in silence, or there is no room for it, and none for mail. Raises OSError, also where
+    nothing can be confirmed: better before there are names than behind them."""
     try:
-        return os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+        probe = os.open(folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        if error.errno in _NO_PROBE:
+            return -1
+        raise
+    try:
+        confirm(probe, 0)
     except OSError:
-        return -1
+        os.close(probe)
+        raise
+    return probe
 
 
 class Maildir:
