@@ -49,7 +49,7 @@ def write_batch(directory, items, *, each=False, probe=-1):
 """
 _FLUSH = "_libc.syncfs(directory)"
 _DELIVER = "    def _deliver(self, transport: Transport, batch: Batch) -> Outcomes | Awaitable[Outcomes]:\n"
-_IMPORT = "from .._files import make_dirs, write_batch\n"
+_IMPORT = "from .._files import confirm, make_dirs, write_batch\n"
 
 
 def _maildir(first: str, second: str) -> tuple[tuple[str, str, str], ...]:
@@ -76,6 +76,7 @@ MISTAKES: dict[str, tuple[tuple[str, str, str], ...]] = {
             "        self._answer(work.entries, refused)\n        work.entries = []\n        self._waiting.give_back",
             "        self._answer(work.entries, STORED)\n        work.entries = []\n        self._waiting.give_back",
         ),
+        ("commit.py", "self._answer(work.entries, Refused(UNDECIDED, None))", "self._answer(work.entries, STORED)"),
     ),
     "mark-first": (
         (
