@@ -658,10 +658,11 @@ class Connection(asyncio.Protocol):
 
 def peer_of(transport: asyncio.BaseTransport) -> tuple[str, int] | None:
     """As `name_peer`; None: a client that was gone before it could be asked who it is, and might be anybody."""
-    client = transport.get_extra_info("socket")
     address = transport.get_extra_info("peername")
-    if not isinstance(address, tuple) and client is not None and client.family != socket.AF_UNIX:
-        return None
+    if not isinstance(address, tuple):
+        client = transport.get_extra_info("socket")
+        if client is not None and client.family != socket.AF_UNIX:
+            return None
     return name_peer(address)
 
 

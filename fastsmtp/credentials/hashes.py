@@ -141,10 +141,10 @@ class Hashes:
     async def verify(self, stored: str, password: str, stranger: bytes | None = None) -> bool:
         """Whether they fit. `stranger`: the address of a client that has not lately been let in as this user; None:
         it has. Raises UnavailableError, and ValueError."""
-        loop = asyncio.get_running_loop()
-        work = _Work(check_form(stored), password, loop.create_future())
         if self._closed:
             raise UnavailableError("argon2: closed")
+        loop = asyncio.get_running_loop()
+        work = _Work(check_form(stored), password, loop.create_future())
         work.late = loop.call_later(PATIENCE, _refuse, work)
         loser = self._turns.add(work, stranger)
         if loser is not None:
